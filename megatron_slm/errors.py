@@ -1,0 +1,25 @@
+"""What went wrong, in words for the person who typed the command. Each class fixes an exit code (DESIGN: commands)."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The input was refused and nothing was done. The message names the rule, the value and the way out."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """One or several rules of the configuration are violated; the message lists them all."""
+
+
+class DataError(UserError):
+    """A corpus, shard or tokenizer is missing, damaged or not the one that was promised."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+class LaunchError(UserError):
+    """The ranks cannot be started as asked."""

@@ -1,0 +1,89 @@
+"""How the model is trained: the loop, precision, optimizer, schedule, checkpoint and log sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.option import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Batch, length, seed and what is recomputed in the backward pass."""
+
+    micro_batch_size: int = option(1, "samples one rank passes through the model at once", minimum=1)
+    global_batch_size: int = option(8, "samples of one optimizer step, over all ranks", minimum=1)
+    train_iters: int = option(100, "optimizer steps of the whole run", minimum=0)
+    seed: int = option(1234, "seed of initialisation, dropout and (by default) sample order", minimum=0)
+    eval_interval: int | None = option(None, "steps between validations; default only at the end", minimum=1)
+    eval_iters: int = option(8, "global batches of one validation, the same samples each time; 0 switches it off", minimum=0)
+    exit_interval: int | None = option(None, "save and stop, exit code 75, when the step is a multiple of this", minimum=1)
+    exit_duration_in_mins: float | None = option(None, "save and stop, exit code 75, after this many minutes", minimum=0.0)
+    recompute_granularity: str | None = option(
+        None, "recompute activations in the backward pass: whole layers, or chosen modules", choices=("full", "selective")
+    )
+    recompute_method: str | None = option(None, "which layers recompute_granularity=full takes", choices=("uniform", "block"))
+    recompute_num_layers: int | None = option(None, "layers of one recomputed unit (uniform) or of each chunk (block)", minimum=1)
+    recompute_modules: tuple[str, ...] = option(("core_attn",), "modules recompute_granularity=selective takes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats. Without an option here, parameters and compute are fp32."""
+
+    bf16: bool = option(False, "parameters and compute in bfloat16, master weights and moments in fp32")
+    fp64: bool = option(False, "parameters, compute and moments in float64: for proofs, not for training")
+    accumulate_allreduce_grads_in_fp32: bool = option(True, "gradient buffers and their reduction in fp32 with bf16")
+
+    @property
+    def params_dtype(self) -> str:
+        """Name of the torch dtype of parameters and activations."""
+        return "bfloat16" if self.bf16 else "float64" if self.fp64 else "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), through core's optimizer."""
+
+    lr: float = option(3e-4, "peak learning rate", minimum=0.0)
+    min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0.0)
+    weight_decay: float = option(0.1, "decoupled decay of matrices; norms, biases and embeddings' 1-D parameters have none", minimum=0.0)
+    adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
+    adam_beta2: float = option(0.95, "decay of the second moment", minimum=0.0, maximum=1.0)
+    adam_eps: float = option(1e-8, "added to the root of the second moment", minimum=0.0)
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate as a pure function of the step."""
+
+    lr_decay_style: str = option(
+        "cosine", "shape after warm-up", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD")
+    )
+    lr_warmup_iters: int = option(0, "steps of linear warm-up from 0", minimum=0)
+    lr_decay_iters: int | None = option(None, "step at which min_lr is reached; default train.train_iters", minimum=1)
+    lr_wsd_decay_style: str = option(
+        "exponential", "shape of WSD's last part", choices=("linear", "cosine", "exponential", "minus_sqrt")
+    )
+    lr_wsd_decay_iters: int | None = option(None, "steps of WSD's last part", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is written for a resume, and what a new run starts from."""
+
+    save_interval: int | None = option(None, "steps between checkpoints; default only at the end", minimum=1)
+    pretrained_checkpoint: str | None = option(
+        None, "another run's checkpoint directory: start from its weights alone, with a new optimizer at step 0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run says while it runs."""
+
+    runs_dir: str = option("runs", "directory that holds every run's directory")
+    log_interval: int = option(10, "steps between console lines", minimum=1)
+    tensorboard: bool = option(True, "write TensorBoard events into the run's directory")
+    progress_bar: bool = option(True, "show a progress bar when standard error is a terminal")

@@ -1,0 +1,107 @@
+"""AdamW through core's optimizers (distributed or not), parameter groups, and one update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig as CoreOptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from torch import nn
+
+from megatron_slm.model.gpt import HIDDEN_MATRICES
+from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did. ``grad_norm`` is global and taken before clipping."""
+
+    grad_norm: float
+    applied: bool
+
+
+def build_optimizer(
+    chunks: list[nn.Module],
+    optimizer: OptimizerConfig,
+    precision: PrecisionConfig,
+    groups: Any,
+    *,
+    distributed: bool,
+    width_multiplier: float = 1.0,
+) -> MegatronOptimizer:
+    """Core's optimizer over the wrapped chunks.
+
+    Matrices decay, one-dimensional parameters and biases do not (core's standard groups). Under muP the learning rate
+    of hidden matrices is divided by ``width_multiplier`` (arXiv 2203.03466, table 8, Adam).
+    """
+    config = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision.bf16,
+        params_dtype=getattr(torch, precision.params_dtype),
+        use_distributed_optimizer=distributed,
+        # The gather overlaps when the chunks were wrapped so; core wants to hear it twice.
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+    )
+    built = get_megatron_optimizer(
+        config,
+        chunks,
+        config_overrides=_overrides(optimizer, width_multiplier),
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+    for inner in _torch_optimizers(built):
+        use_fused_adam(inner)
+    return built
+
+
+def _overrides(optimizer: OptimizerConfig, width_multiplier: float) -> dict[ParamKey, ParamGroupOverride]:
+    """No decay for vectors and biases; the muP learning rate for hidden matrices."""
+    is_vector = ParamWithNamePredicate(
+        name="vector_or_bias", fn=lambda param, name: len(param.shape) == 1 or name.endswith(".bias")
+    )
+    overrides = {ParamKey(with_name_predicate=is_vector): ParamGroupOverride(wd_mult=0.0)}
+    if width_multiplier != 1.0:
+        is_hidden = ParamWithNamePredicate(name="hidden_matrix", fn=lambda param, name: name.endswith(HIDDEN_MATRICES))
+        overrides[ParamKey(with_name_predicate=is_hidden)] = ParamGroupOverride(
+            max_lr=optimizer.lr / width_multiplier, min_lr=optimizer.min_lr / width_multiplier
+        )
+    return overrides
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [inner.optimizer for inner in chained if inner.optimizer is not None]
+
+
+def use_fused_adam(inner: torch.optim.Optimizer) -> None:
+    """Let torch update all elements of a tensor in one pass; core does not offer the choice."""
+    if isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, peak: float) -> None:
+    """Write this step's rate and decay into the groups; a group with its own peak keeps its ratio to ``peak``."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * (group["max_lr"] / peak if peak else 1.0)
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+
+
+def update(optimizer: MegatronOptimizer) -> Update:
+    """Clip, step and gather the parameters."""
+    applied, grad_norm, _ = optimizer.step()
+    return Update(grad_norm=float(grad_norm or 0.0), applied=bool(applied))

@@ -1,0 +1,58 @@
+"""Gradient buffers, their reduction over data-parallel ranks, and the hooks the schedule calls around it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_slm.parallel.config import ParallelConfig
+
+
+def wrap(
+    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Any, *, reduce_in_fp32: bool
+) -> list[nn.Module]:
+    """Give every chunk core's gradient buffers. Order matters: after the weights exist, before the optimizer reads them.
+
+    Args:
+        reduce_in_fp32: half-precision parameters accumulate and reduce their gradients in fp32.
+    """
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=parallel.ddp_bucket_size,
+        reduce_scatter_with_fp32_accumulation=parallel.reduce_scatter_with_fp32_accumulation,
+        check_for_nan_in_grad=False,  # core's check names only a rank; the loop checks the norm it already has
+    )
+    wrapped: list[nn.Module] = [
+        DistributedDataParallel(
+            config=config,
+            ddp_config=ddp_config,
+            module=chunk,
+            # Later chunks reduce while earlier ones still compute: one bucket is enough there (core's training loop).
+            disable_bucketing=index > 0,
+            pg_collection=groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    _connect(wrapped, config, parallel, groups)
+    return wrapped
+
+
+def _connect(chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Any) -> None:
+    """Tell the schedule how to skip, start and finish the reduction. Core reads these from the model's config."""
+    config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+
+
+def zero_gradients(chunks: list[nn.Module]) -> None:
+    """Clear the gradient buffers and the bookkeeping of which gradients have arrived."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
