@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -52,7 +54,27 @@ def _connect(chunks: list[nn.Module], config: TransformerConfig, parallel: Paral
         config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
 
 
+@contextlib.contextmanager
+def gathered_parameters(chunks: list[nn.Module]) -> Iterator[None]:
+    """Full parameters for a while: an overlapped gather is finished now, and its hooks rest until training goes on."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()
+
+
 def zero_gradients(chunks: list[nn.Module]) -> None:
     """Clear the gradient buffers and the bookkeeping of which gradients have arrived."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
+
+
+def unwrap(chunk: nn.Module) -> Any:
+    """The model inside core's gradient-buffer and half-precision wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

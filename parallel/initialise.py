@@ -30,7 +30,7 @@ def initialise(chunks: list[Any], seed: int, standard_deviation: Callable[[str],
         standard_deviation: of a parameter by its global name; None marks a parameter that its module has already set
             (norm weights to one, biases to zero).
     """
-    for shard in _shards(chunks):
+    for shard in shards(chunks):
         deviation = standard_deviation(shard.key)
         if deviation is not None:
             with torch.no_grad():
@@ -56,7 +56,8 @@ def normal_shard(shard: ShardedTensor, seed: int) -> Tensor:
     return torch.erfinv(torch.from_numpy(uniform).mul_(2.0).sub_(1.0)).mul_(math.sqrt(2.0))
 
 
-def _shards(chunks: list[Any]) -> Iterator[ShardedTensor]:
+def shards(chunks: list[Any]) -> Iterator[ShardedTensor]:
+    """Every parameter of the chunks under its global identity; ``data`` is (a view of) the parameter itself."""
     for chunk in chunks:
         state = chunk.sharded_state_dict()
         for value in state.values():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -26,8 +27,41 @@ HIDDEN_MATRICES = (*RESIDUAL_OUTPUTS, "self_attention.linear_qkv.weight", "mlp.l
 INPUT_AND_OUTPUT = ("word_embeddings.weight", "position_embeddings.weight", "output_layer.weight")
 
 
+class OutputLayer(ColumnParallelLinear):
+    """Core's output matrix that ends in the loss when it is given labels.
+
+    The loss must run inside this module's ``forward``: core waits for an overlapped parameter gather in its pre-hook.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        vocab_size: int = 0,
+    ) -> Any:
+        """hidden [S(/tp), B, H] -> core's (logits [S, B, V/tp], bias); with labels and loss_mask [B, S], the summed loss."""
+        if labels is None or loss_mask is None:
+            return super().forward(hidden, weight, runtime_gather_output)
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return vocab_parallel_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.weight if weight is None else weight,
+            labels.t().reshape(-1),
+            loss_mask.t().reshape(-1),
+            group=self.tp_group,
+            vocab_size=vocab_size,
+        )
+
+
 class GPT(GPTModel):
-    """``GPTModel`` that ends in the masked sum of the loss instead of logits when it is given labels.
+    """``GPTModel`` that returns the masked sum of the loss instead of logits when it is given labels.
 
     Called with tokens, position_ids [B, S], document ids [B, S] or None, labels and loss_mask [B, S]; returns hidden
     states [S(/tp), B, H] on a chunk that does not end the model, else the scalar of ``vocab_parallel_loss``; without
@@ -38,31 +72,27 @@ class GPT(GPTModel):
         super().__init__(**kwargs)
         self.real_vocab_size = real_vocab_size
         self.output_multiplier = output_multiplier
+        if self.post_process:
+            # Core names the class itself; the weights, their marks and their tie to the embedding stay as it made them.
+            self.output_layer.__class__ = OutputLayer
 
     def _postprocess(self, hidden_states: Tensor, **rest: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
         if self.output_multiplier != 1.0:
             hidden_states = hidden_states * self.output_multiplier
-        labels = rest["labels"]
-        if labels is None:
+        if rest["labels"] is None:
             logits: Tensor = super()._postprocess(hidden_states, **rest)
             return logits
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
-        else:
-            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
         tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return vocab_parallel_loss(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            weight,
-            labels.t().reshape(-1),
-            rest["loss_mask"].t().reshape(-1),
-            group=group,
+        loss: Tensor = self.output_layer(
+            hidden_states,
+            weight=self.shared_embedding_or_output_weight() if tied else None,
+            labels=rest["labels"],
+            loss_mask=rest["loss_mask"],
             vocab_size=self.real_vocab_size,
         )
+        return loss
 
 
 def build_chunks(

@@ -1,0 +1,74 @@
+"""The files that a run reads before its first step: are they there? Only the corpus's index is opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_slm.config.facts import Facts
+from megatron_slm.config.run_config import RunConfig
+
+_PREPARE = "mslm data prepare TEXT.jsonl --output {path}"
+
+
+def missing_inputs(config: RunConfig, *, provenance: Mapping[str, str] | None = None) -> list[str]:
+    """Every input of ``config`` that is not on this machine, each with the way to make it.
+
+    Args:
+        config: a resolved configuration.
+        provenance: source of each value, named in the sentences.
+    """
+    facts = Facts(config, 1, provenance or {})
+    return [*_corpus(facts), *_tokenizer(facts), *_pretrained(facts)]
+
+
+def _corpus(facts: Facts) -> Iterator[str]:
+    """The prepared corpus, with the index of its training split."""
+    path = facts.config.data.data_path
+    if path is None:
+        yield (
+            "data.data_path is not set: training needs a prepared corpus. Make one with "
+            f"`{_PREPARE.format(path='corpus')}`, then add data.data_path=corpus."
+        )
+        return
+    directory = Path(path)
+    cited = facts.cite("data.data_path")
+    if not directory.is_dir():
+        yield f"{cited}: there is no such directory. Make it with `{_PREPARE.format(path=path)}`."
+        return
+    index = directory / "train" / "index.json"
+    if not index.is_file():
+        yield (f"{cited} is no prepared corpus: {index} is missing. Make it again with `{_PREPARE.format(path=path)}`.")
+        return
+    try:
+        tokens = int(json.loads(index.read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{cited} is damaged: {index} cannot be read ({error!r}). Make it again with `{_PREPARE.format(path=path)}`."
+        return
+    if tokens > (facts.config.model.vocab_size or tokens):
+        yield (
+            f"{facts.cite('model.vocab_size', 'data.data_path')}: the corpus's tokenizer has {tokens} entries, more than "
+            f"the model. Set model.vocab_size={tokens}, leave it out, or prepare the corpus with the model's tokenizer."
+        )
+
+
+def _tokenizer(facts: Facts) -> Iterator[str]:
+    """The sentencepiece model, where one is named."""
+    path = facts.config.tokenizer.tokenizer_model
+    if path is not None and not Path(path).is_file():
+        yield (
+            f"{facts.cite('tokenizer.tokenizer_model')}: there is no such file. Correct the path, or leave it out to "
+            "take "
+            "the tokenizer inside data.data_path."
+        )
+
+
+def _pretrained(facts: Facts) -> Iterator[str]:
+    """The checkpoint directory, where one is named."""
+    path = facts.config.checkpoint.pretrained_checkpoint
+    if path is not None and not Path(path).is_dir():
+        yield (
+            f"{facts.cite('checkpoint.pretrained_checkpoint')}: there is no such directory. Name a run's checkpoints "
+            "directory (runs/NAME/checkpoints) or one iter_* directory in it."
+        )

@@ -1,0 +1,144 @@
+"""Rules about precision, recomputation, the optimizer and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_slm.config.facts import Facts
+from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.layout import split_layers
+
+_RECOMPUTABLE = ("core_attn", "mlp")
+_ELSEWHERE_RECOMPUTABLE = {
+    "layernorm": "core writes that path for Transformer Engine's layers, and this version builds without it",
+    "moe": "it belongs to mixture-of-experts layers, and this version builds dense models",
+    "moe_act": "it belongs to mixture-of-experts layers, and this version builds dense models",
+    "shared_experts": "it belongs to mixture-of-experts layers, and this version builds dense models",
+    "mla_up_proj": "it belongs to multi-latent attention, which this version does not build",
+}
+"""Modules that megatron-core 0.16.1 can recompute and this version cannot, with the reason."""
+
+
+def precision(facts: Facts) -> Iterator[str]:
+    """A run has one number format."""
+    if facts.config.precision.bf16 and facts.config.precision.fp64:
+        yield f"{facts.cite('precision.bf16', 'precision.fp64')} exclude each other. Set one of them to false."
+
+
+def recompute_options(facts: Facts) -> Iterator[str]:
+    """The options that go with each granularity of recomputation, as core demands them."""
+    train = facts.config.train
+    granularity, method, layers = "train.recompute_granularity", "train.recompute_method", "train.recompute_num_layers"
+    if train.recompute_granularity == "full":
+        for key, value in ((method, train.recompute_method), (layers, train.recompute_num_layers)):
+            if value is None:
+                yield (
+                    f"{facts.cite(granularity, key)}: recomputing whole layers needs both {method} (uniform or block) "
+                    "and "
+                    f"{layers} (1 or more)."
+                )
+    else:
+        for key in (method, layers):
+            if facts.is_set(key):
+                yield (
+                    f"{facts.cite(key, granularity)}: the former belongs to recompute_granularity=full and would be "
+                    f"ignored. Leave it out, or set {granularity}=full."
+                )
+    if train.recompute_granularity != "selective" and facts.is_set("train.recompute_modules"):
+        yield (
+            f"{facts.cite('train.recompute_modules', granularity)}: the modules belong to "
+            "recompute_granularity=selective "
+            f"and would be ignored. Leave them out, or set {granularity}=selective."
+        )
+
+
+def recompute_modules(facts: Facts) -> Iterator[str]:
+    """Selective recomputation takes modules that this version builds."""
+    train = facts.config.train
+    if train.recompute_granularity != "selective":
+        return
+    cited = facts.cite("train.recompute_modules")
+    if not train.recompute_modules:
+        yield f"{cited}: selective recomputation needs at least one module: {' or '.join(_RECOMPUTABLE)}."
+    for module in train.recompute_modules:
+        if module not in _RECOMPUTABLE:
+            reason = _ELSEWHERE_RECOMPUTABLE.get(module, "there is no such module")
+            yield (
+                f"{cited}: {module} cannot be recomputed: {reason}. The valid modules are "
+                f"{' and '.join(_RECOMPUTABLE)}."
+            )
+
+
+def recompute_bounds(facts: Facts) -> Iterator[str]:
+    """The recomputed units fit every chunk of layers: core would run past the end, or quietly take fewer."""
+    train, parallel = facts.config.train, facts.config.parallel
+    unit = train.recompute_num_layers
+    if train.recompute_granularity != "full" or unit is None or train.recompute_method is None:
+        return
+    try:
+        split = split_layers(
+            facts.config.model.num_layers,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            embedding_counts=parallel.account_for_embedding_in_pipeline_split,
+            loss_counts=parallel.account_for_loss_in_pipeline_split,
+        )
+    except ConfigError:
+        return  # the rule on the pipeline speaks already
+    sizes = sorted({layers for stage in split for layers in stage if layers})
+    cited = facts.cite("train.recompute_num_layers", "train.recompute_method")
+    held = " or ".join(map(str, sizes))
+    if train.recompute_method == "uniform" and any(size % unit for size in sizes):
+        valid = [str(size) for size in range(1, sizes[0] + 1) if all(other % size == 0 for other in sizes)]
+        yield f"{cited}: chunks hold {held} layers, which must be whole units. Valid values: {', '.join(valid)}."
+    if train.recompute_method == "block" and unit > sizes[-1]:
+        yield f"{cited}: chunks hold {held} layers, and more cannot be recomputed. Largest valid value: {sizes[-1]}."
+
+
+def learning_rate(facts: Facts) -> Iterator[str]:
+    """The optimizer's numbers make sense together."""
+    optimizer = facts.config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield (
+            f"{facts.cite('optimizer.min_lr', 'optimizer.lr')}: the learning rate decays from lr to min_lr, so min_lr "
+            "must "
+            f"not be larger. Largest valid optimizer.min_lr: {optimizer.lr:g}."
+        )
+    for key, beta in (("optimizer.adam_beta1", optimizer.adam_beta1), ("optimizer.adam_beta2", optimizer.adam_beta2)):
+        if beta >= 1.0:
+            yield f"{facts.cite(key)}: a moment that never decays divides by zero. It must be below 1."
+
+
+def schedule(facts: Facts) -> Iterator[str]:
+    """Warm-up, decay and WSD's last part follow one another."""
+    plan = facts.config.schedule
+    steps = plan.lr_decay_iters or facts.config.train.train_iters
+    end = "schedule.lr_decay_iters" if plan.lr_decay_iters else "train.train_iters"
+    if steps and plan.lr_warmup_iters >= steps:
+        yield (
+            f"{facts.cite('schedule.lr_warmup_iters', end)}: warm-up must end before the decay does. Largest valid "
+            f"schedule.lr_warmup_iters: {steps - 1}."
+        )
+    style, last = "schedule.lr_decay_style", "schedule.lr_wsd_decay_iters"
+    if plan.lr_decay_style != "WSD":
+        for key in (last, "schedule.lr_wsd_decay_style"):
+            if facts.is_set(key):
+                yield f"{facts.cite(key, style)}: the former belongs to WSD and would be ignored. Leave it out."
+    elif plan.lr_wsd_decay_iters is None:
+        yield f"{facts.cite(style, last)}: WSD needs the number of steps of its last part. Set {last} (1 to {steps})."
+    elif steps and plan.lr_warmup_iters < steps and plan.lr_warmup_iters + plan.lr_wsd_decay_iters > steps:
+        yield (
+            f"{facts.cite(last, 'schedule.lr_warmup_iters', end)}: WSD's last part must begin after warm-up. Largest "
+            "valid "
+            f"{last}: {steps - plan.lr_warmup_iters}."
+        )
+
+
+RULES = (
+    precision,
+    recompute_options,
+    recompute_modules,
+    recompute_bounds,
+    learning_rate,
+    schedule,
+)

@@ -1,0 +1,37 @@
+"""The whole configuration of a run: one section per room, each section's dataclass beside what it configures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_slm.config.option import option
+from megatron_slm.data.config import DataConfig, TokenizerConfig
+from megatron_slm.model.config import ModelConfig
+from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.train.config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes. Built by :func:`megatron_slm.config.load.load`."""
+
+    stage: str = option("pretrain", "what the run does to the model", choices=("pretrain",))
+    preset: str | None = option(None, "published model shape to start from; every other value overrides it")
+    name: str | None = option(None, "the run's directory below log.runs_dir; default the file's stem, then the preset")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,6 @@
+"""x"""
+from dataclasses import dataclass
+@dataclass
+class StepInput:
+    a: object
+    b: object

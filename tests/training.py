@@ -1,0 +1,228 @@
+"""Trains a small model on made-up tokens inside ``run_ranks``, and says what came out by global names.
+
+Every sample has its own share of masked tokens, so that ranks and micro-batches hold uneven numbers of loss tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_slm.model.config import ModelConfig
+from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.train.config import OptimizerConfig, PrecisionConfig, TrainConfig
+
+VOCAB = 500  # not a multiple of 128: the padding rows of the embedding must stay out of the loss
+
+SMALL = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, seq_length=32)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, how long, and what is compared afterwards."""
+
+    model: ModelConfig = SMALL
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig(fp64=True)
+    train: TrainConfig = TrainConfig(micro_batch_size=1, global_batch_size=8)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    iters: int = 20
+    packed: bool = False
+
+    def on(self, **degrees: Any) -> Task:
+        """The same task under another layout."""
+        return replace(self, parallel=ParallelConfig(**degrees))
+
+
+@dataclass
+class Outcome:
+    """Losses and norms of every step; gradients of the first and weights before and after, by global name."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def train(task: Task) -> Outcome | None:
+    """Run the task on this rank; rank 0 returns the outcome of the whole job."""
+    from megatron_slm.parallel.gradients import zero_gradients
+    from megatron_slm.parallel.pipeline import run_schedule
+    from megatron_slm.stages import pretrain
+    from megatron_slm.train.optimizer import set_learning_rate, update
+
+    groups, chunks, optimizer = build(task)
+    outcome = Outcome(initial=global_tensors(chunks))
+    for step in range(task.iters):
+        zero_gradients(chunks)
+        optimizer.zero_grad()
+        logged = run_schedule(
+            chunks,
+            micro_batches(task, step, groups),
+            pretrain.loss,
+            forward_only=False,
+            seq_length=task.model.seq_length,
+            groups=groups,
+        )
+        if step == 0:
+            outcome.gradients = global_tensors(chunks, reduced_gradients(chunks, optimizer))
+        set_learning_rate(optimizer, task.optimizer.lr, task.optimizer.lr)
+        outcome.grad_norms.append(update(optimizer).grad_norm)
+        outcome.losses.append(mean_loss(logged, groups))
+    with_full_parameters(chunks)
+    outcome.weights = global_tensors(chunks)
+    finish()
+    return outcome if dist.get_rank() == 0 else None
+
+
+def build(task: Task) -> tuple[Any, list[Any], Any]:
+    """Groups, wrapped chunks and optimizer of this rank, as ``run.py`` builds them."""
+    from megatron_slm.model.core_config import transformer_config
+    from megatron_slm.model.gpt import build_chunks
+    from megatron_slm.parallel.gradients import wrap
+    from megatron_slm.parallel.groups import build_groups
+    from megatron_slm.parallel.specs import choose_spec
+    from megatron_slm.train.optimizer import build_optimizer
+    from megatron_slm.train.random_state import RandomState
+
+    groups = build_groups(task.parallel)
+    RandomState(task.train.seed, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
+    config = transformer_config(task.model, task.parallel, task.precision, task.train, device="cpu")
+    spec, norm, _ = choose_spec("cpu", packed_documents=task.packed)
+    chunks = build_chunks(
+        task.model,
+        config,
+        groups,
+        vocab_size=VOCAB,
+        seed=task.train.seed,
+        spec=(spec, norm),
+        device=torch.device("cpu"),
+    )
+    chunks = wrap(
+        chunks,
+        config,
+        task.parallel,
+        groups,
+        reduce_in_fp32=task.precision.bf16 and task.precision.accumulate_allreduce_grads_in_fp32,
+    )
+    optimizer = build_optimizer(
+        chunks,
+        task.optimizer,
+        task.precision,
+        groups,
+        distributed=task.parallel.use_distributed_optimizer,
+        width_multiplier=task.model.width_multiplier,
+    )
+    return groups, chunks, optimizer
+
+
+def micro_batches(task: Task, step: int, groups: Any) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of one global batch: a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    samples, length = task.train.global_batch_size, task.model.seq_length
+    tokens = torch.randint(0, VOCAB, (samples, length + 1), generator=generator)
+    keep = torch.rand(samples, 1, generator=generator)
+    mask = (torch.rand(samples, length, generator=generator) < keep).float()
+    documents = (torch.rand(samples, length, generator=generator) < 0.15).long().cumsum(dim=1)
+    size, dp, rank = task.train.micro_batch_size, groups.dp.size(), groups.dp.rank()
+    batches = []
+    for first in range(rank * size, samples, size * dp):
+        part = slice(first, first + size)
+        batch = {
+            "tokens": tokens[part, :-1].contiguous(),
+            "labels": tokens[part, 1:].contiguous(),
+            "loss_mask": mask[part].contiguous(),
+            "position_ids": torch.arange(length).expand(size, -1).contiguous(),
+        }
+        if task.packed:
+            batch["document_ids"] = documents[part].contiguous()
+        batches.append(batch)
+    return batches
+
+
+def mean_loss(logged: list[dict[str, torch.Tensor]], groups: Any) -> float:
+    """Loss per token over the global batch, on every rank."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for entry in logged:
+        total += entry["lm loss"]
+    if groups.tp.rank() != 0:
+        total.zero_()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def reduced_gradients(chunks: list[Any], optimizer: Any) -> dict[Any, torch.Tensor]:
+    """Gradient of every parameter after the reduction; NaN where another data-parallel rank owns the element."""
+    found = {}
+    inner = optimizer.chained_optimizers[0]
+    for chunk in chunks:
+        for param in chunk.parameters():
+            gradient = param.main_grad.detach().clone()
+            if hasattr(inner, "_get_model_param_range_map"):
+                kept = torch.full_like(gradient.view(-1), float("nan"))
+                try:
+                    owned = inner._get_model_param_range_map(param)["param"]
+                    kept[owned.start : owned.end] = gradient.view(-1)[owned.start : owned.end]
+                except KeyError:
+                    pass  # none of this parameter is ours
+                gradient = kept.view_as(gradient)
+            found[param] = gradient
+    return found
+
+
+def global_tensors(chunks: list[Any], values: dict[Any, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Parameters (or ``values`` in their place) of the whole job as global tensors, on every rank."""
+    from megatron_slm.parallel.gradients import unwrap
+    from megatron_slm.parallel.initialise import shards
+
+    kept = {}
+    if values is not None:
+        for param, value in values.items():
+            kept[param] = param.data
+            param.data = value.to(param.dtype)
+    mine = [
+        (shard.key, shard.global_shape, shard.global_offset, shard.local_shape, shard.data.detach().clone())
+        for shard in shards([unwrap(chunk) for chunk in chunks])
+    ]
+    for param, data in kept.items():
+        param.data = data
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    result: dict[str, torch.Tensor] = {}
+    for key, shape, offset, local, data in (entry for rank in everyone for entry in rank):
+        whole = result.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
+        stacked = len(shape) - len(local)
+        index = tuple(offset[:stacked]) + tuple(
+            slice(start, start + size) for start, size in zip(offset[stacked:], local, strict=True)
+        )
+        whole[index] = torch.where(data.isnan(), whole[index], data.view(local))
+    return result
+
+
+def with_full_parameters(chunks: list[Any]) -> None:
+    """Finish an overlapped gather, so that parameters are the updated ones."""
+    from megatron_slm.parallel.gradients import gathered_parameters
+
+    with gathered_parameters(chunks):
+        pass
+
+
+def finish() -> None:
+    """Leave core's groups, so that the ranks can end in order."""
+    dist.barrier()
+
+
+def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """Largest error of a tensor in units of the expected tensor's norm, and its name."""
+    assert found.keys() == expected.keys(), f"other parameters: {sorted(found.keys() ^ expected.keys())}"
+    errors = {}
+    for name, tensor in expected.items():
+        norm = tensor.double().norm()
+        error = (found[name].double() - tensor.double()).norm() / (norm if norm > 0 else 1.0)
+        errors[name] = float("inf") if error.isnan() else float(error)
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
