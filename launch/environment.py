@@ -14,7 +14,7 @@ Launcher = Literal["local", "torchrun", "slurm", "mpi"]
 LAUNCHER_VARIABLE = "MSLM_LAUNCHER"
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
-# Slurm numbers its own steps (interactive shell of salloc, batch script, extern) from here on: SLURM_MAX_NORMAL_STEP_ID.
+# SLURM_MAX_NORMAL_STEP_ID: from here on Slurm numbers its own steps (shell of salloc, batch script, extern).
 _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0
 
 
@@ -90,7 +90,7 @@ def _from_torch(environ: Mapping[str, str]) -> RankEnvironment:
         rank=_integer(environ, "RANK"),
         world_size=world_size,
         local_rank=_integer(environ, "LOCAL_RANK"),
-        # Scripts that export the variables by hand often leave this one out; all on one machine is the case it matters for.
+        # Scripts that export the variables by hand often leave this one out; it is taken for one machine then.
         local_world_size=_integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world_size,
         master_addr=environ["MASTER_ADDR"],
         master_port=_integer(environ, "MASTER_PORT"),

@@ -32,9 +32,9 @@ def run_local(
 ) -> int:
     """Start ``world_size`` ranks on this machine and stay until all have ended. Main thread only.
 
-    A rank that raises, exits or is killed ends the run within 10 s; standard error then names the first one and shows its
-    traceback. SIGTERM, SIGUSR1 and Ctrl-C reach the ranks once, as SIGTERM; a second Ctrl-C kills them. If this process
-    is killed the ranks die with it.
+    A rank that raises, exits or is killed ends the run within 10 s; standard error then names the first one and shows
+    its traceback. SIGTERM, SIGUSR1 and Ctrl-C reach the ranks once, as SIGTERM; a second Ctrl-C kills them. If this
+    process is killed the ranks die with it.
 
     Args:
         world_size: number of ranks.
@@ -156,7 +156,7 @@ def _become_rank(
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         work(fd)
-    except BaseException:  # noqa: BLE001 - whatever ends a rank is reported
+    except BaseException:  # whatever ends a rank is reported
         traceback.print_exc()
     finally:
         os._exit(1)  # whatever happens, a rank never runs on into its parent's code

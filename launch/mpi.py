@@ -39,7 +39,7 @@ def join(environ: Mapping[str, str], *, world_size: int) -> RankEnvironment:
         address = environ.get("MASTER_ADDR") or ("127.0.0.1" if everyone_here else socket.gethostname())
         reserved = reserve_port("127.0.0.1" if everyone_here else "")
         meeting = (address, reserved.getsockname()[1])
-        # Left open on purpose until the process ends: a bound port is given to nobody else, and torch may still bind it.
+        # Left open on purpose until the process ends: nobody else is given the port, and torch may still bind it.
         reserved.detach()
     address, port = world.bcast(meeting, root=0)
     environment = RankEnvironment(
@@ -64,7 +64,7 @@ def abort_on_exception(environment: RankEnvironment) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - whatever ends a rank is reported
+    except Exception as error:  # whatever ends a rank is reported
         code = report.print_failure(environment, error)
         _load_mpi().COMM_WORLD.Abort(code)
         os._exit(code)  # MPI allows an Abort that returns
@@ -75,7 +75,7 @@ def _load_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
-            f"mpirun started this process, but mpi4py cannot be used ({error}); pip install mpi4py mpich, or start with "
-            "mslm train or torchrun"
+            f"mpirun started this process, but mpi4py cannot be used ({error}); pip install mpi4py mpich, or start "
+            "with mslm train or torchrun"
         ) from error
     return MPI

@@ -19,9 +19,9 @@ REPORT_VARIABLE = "MSLM_REPORT_FD"
 def run_rank(environment: RankEnvironment, entry: Callable[[RankEnvironment], int]) -> int:
     """Run ``entry`` as the rank that ``from_environment`` found, under any launcher.
 
-    The launcher's variables are exported for torch first. A failure is said once, with rank and traceback: to the parent
-    if it is ours (then this does not return), on standard error under torchrun and Slurm, and there with an MPI Abort
-    under MPI.
+    The launcher's variables are exported for torch first. A failure is said once, with rank and traceback: to the
+    parent if it is ours (then this does not return), on standard error under torchrun and Slurm, and there with an MPI
+    Abort under MPI. Under torchrun and MPI ``entry`` must destroy its process group: the interpreter's exit follows.
 
     Returns:
         ``entry``'s exit code, 2 where it raised a UserError, 1 where it raised anything else.
@@ -36,7 +36,7 @@ def run_rank(environment: RankEnvironment, entry: Callable[[RankEnvironment], in
             return entry(environment)
     try:
         return entry(environment)
-    except Exception as error:  # noqa: BLE001 - whatever ends a rank is reported
+    except Exception as error:  # whatever ends a rank is reported
         return report.print_failure(environment, error)
 
 
@@ -53,7 +53,7 @@ def run_and_report(environment: RankEnvironment, entry: Callable[[RankEnvironmen
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         ended = report.of_return(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
-    except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported
+    except BaseException as error:  # whatever ends a rank is reported
         ended = report.of_exception(error)
     message = ended.to_bytes()
     while message:

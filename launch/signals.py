@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import types
-from typing import Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -12,8 +11,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """While entered, SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the handlers from before come back on exit.
 
-    Ranks started by ``mslm`` ignore Ctrl-C (their parent answers it and sends SIGTERM); it stays ignored there. The flag
-    is this rank's own: the training loop must agree on it over all ranks before it stops. Main thread only, as
+    Ranks started by ``mslm`` ignore Ctrl-C (their parent answers it and sends SIGTERM); it stays ignored there. The
+    flag is this rank's own: the training loop must agree on it over all ranks before it stops. Main thread only, as
     ``signal.signal`` demands.
     """
 
@@ -31,7 +30,7 @@ class StopRequest:
         """Name of the first signal, such as "SIGTERM"; None without one."""
         return None if self._received is None else signal.Signals(self._received).name
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             previous = signal.getsignal(number)
             if number == signal.SIGINT and previous is signal.SIG_IGN:

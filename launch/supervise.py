@@ -9,7 +9,7 @@ import time
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal
 
 from megatron_slm.launch import report
 from megatron_slm.launch.signals import STOP_SIGNALS
@@ -49,7 +49,7 @@ class StopSignals:
         self._interrupts = 0
         self._previous: dict[int, signal._HANDLER] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> StopSignals:
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._record)
         # Ignored, it would make the kernel throw away how each rank ended.

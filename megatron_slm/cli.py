@@ -87,6 +87,42 @@ def check(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def generate(name: str, tokens: Sequence[str]) -> int:
+    """``mslm generate``: what a trained model says after a prompt."""
+    parser = _parser(
+        name,
+        "RUN --prompt TEXT [options]",
+        "Continue a prompt with the newest checkpoint of a run, on one rank, whatever layout it was trained under.",
+        example='mslm generate runs/kjv --prompt "In the beginning"',
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or one of its checkpoints")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    own = parser.parse_args(tokens)
+    if own.max_new_tokens < 1 or own.temperature < 0 or own.top_k < 1:
+        raise ConfigError(
+            f"--max-new-tokens {own.max_new_tokens} and --top-k {own.top_k} must be at least 1, --temperature "
+            f"{own.temperature} at least 0."
+        )
+    from megatron_slm.run_generate import generate as pieces
+
+    print(own.prompt, end="", flush=True)
+    for piece in pieces(
+        own.run,
+        own.prompt,
+        max_new_tokens=own.max_new_tokens,
+        temperature=own.temperature,
+        top_k=own.top_k,
+        seed=own.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return EXIT_OK
+
+
 def data_prepare(name: str, tokens: Sequence[str]) -> int:
     """``mslm data prepare``: text -> packed shards that training reads."""
     parser = _parser(
@@ -154,6 +190,7 @@ def data_inspect(name: str, tokens: Sequence[str]) -> int:
 VERBS: Mapping[str, Verb] = {
     "train": Verb("train a model, or resume a run", train),
     "check": Verb("list every violated rule of a configuration, without torch", check),
+    "generate": Verb("continue a prompt with a trained model", generate),
     "data prepare": Verb("turn text into a prepared corpus", data_prepare),
     "data inspect": Verb("show one sample of a prepared corpus", data_inspect),
 }

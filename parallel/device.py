@@ -29,7 +29,9 @@ CORE_MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.fusions.fused_bias_dropout",
     "megatron.core.models.gpt",
+    "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "megatron.core.transformer.multi_token_prediction",
@@ -90,6 +92,11 @@ SUBSTITUTIONS = (
     Substitution(
         "Tensor.cuda() in LanguageModule.setup_embeddings_and_output_layer",
         "tied embeddings are moved before their first all-reduce",
+        "Tensor.cpu()",
+    ),
+    Substitution(
+        "Tensor.cuda() in DistributedOptimizer.get_parameter_state_dp_zero",
+        "optimizer shards are moved before they are gathered for a checkpoint",
         "Tensor.cpu()",
     ),
 )
@@ -166,17 +173,6 @@ def can_free_while_sending(device: str) -> bool:
     return device == "cuda"
 
 
-def memory_bytes(device: str) -> int:
-    """Peak bytes of this process: torch's allocator maximum on cuda, maximum resident set on cpu."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def synchronize(device: str) -> None:
     """Wait for the device's queue, so that a clock read afterwards means something; nothing to wait for on cpu."""
     if device == "cuda":
@@ -200,6 +196,9 @@ def preload(device: str = "cpu") -> None:
     Raises:
         LaunchError: the CPU environment holds Transformer Engine or a module named apex, which change core at import.
     """
+    # Core warns about missing optional packages and its own deprecations; what matters of it is a line of the run's log.
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(ShardedTensor|`torch\.distributed\.)")
     if device == "cuda":
         for name in CORE_MODULES:
             importlib.import_module(name)
@@ -211,9 +210,7 @@ def preload(device: str = "cpu") -> None:
                 f"remove it from this environment (pip uninstall {name}) or run on a GPU"
             )
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # core asks for it; without a GPU it has no effect
-    with _compile_is_identity(), warnings.catch_warnings():
-        # Core warns that it falls back to torch's optimizer and norms; the run's log says so in one line of its own.
-        warnings.simplefilter("ignore")
+    with _compile_is_identity():
         for name in CORE_MODULES:
             importlib.import_module(name)
     _substitute()
@@ -260,10 +257,8 @@ def _substitute() -> None:
     DistributedOptimizer._copy_model_grads_to_main_grads = _keep_float64_gradients(
         DistributedOptimizer._copy_model_grads_to_main_grads
     )
-    tied = LanguageModule.setup_embeddings_and_output_layer
-    tied.__code__ = tied.__code__.replace(
-        co_names=tuple("cpu" if name == "cuda" else name for name in tied.__code__.co_names)
-    )
+    for function in (LanguageModule.setup_embeddings_and_output_layer, DistributedOptimizer.get_parameter_state_dp_zero):
+        _call_cpu_instead_of_cuda(function)
 
 
 def cpu_view_of_torch() -> types.ModuleType:
@@ -352,6 +347,12 @@ def _keep_float64_gradients(core_method: Callable[[Any], None]) -> Callable[[Any
 
     copy.keeps_float64 = True  # type: ignore[attr-defined]
     return copy
+
+
+def _call_cpu_instead_of_cuda(function: Any) -> None:
+    """Rename the attribute ``cuda`` in one function; ``torch.cpu.current_device()`` exists too and is "cpu"."""
+    names = function.__code__.co_names
+    function.__code__ = function.__code__.replace(co_names=tuple("cpu" if name == "cuda" else name for name in names))
 
 
 def _rename_types(function: Any) -> None:

@@ -59,8 +59,8 @@ class Job:
 def run_ranks(work: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call ``work(*arguments)`` on every rank, inside an initialised gloo world; returns the results by rank.
 
-    ``work`` is a function at the top of a module (each rank imports that module), ``torch.distributed.get_rank()`` in it
-    says which rank it is. Arguments and results are pickled; tensors are fine. The ranks have the test's environment
+    ``work`` is a function at the top of a module (each rank imports that module); ``torch.distributed.get_rank()`` in
+    it says which rank it is. Arguments and results are pickled; tensors are fine. The ranks have the test's environment
     variables and working directory, and core with the CPU device seam applied. What they print comes out with the test.
 
     Args:

@@ -52,7 +52,8 @@ def build_samples(
     Args:
         reset_attention_mask: add ``document_ids``; tokens attend within equal ids only.
         reset_position_ids: positions restart at 0 after every end-of-document token.
-        eod_mask_loss: no loss where the *label* is the end-of-document token.
+        eod_mask_loss: no loss where the *input* is the end-of-document token, as in Megatron: what follows it is
+            the beginning of an unrelated document.
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` float32 [B, S], and with
@@ -68,7 +69,7 @@ def build_samples(
     tokens, labels = np.ascontiguousarray(stream[:, :-1]), np.ascontiguousarray(stream[:, 1:])
     loss_mask = np.ones(tokens.shape, dtype=np.float32)
     if eod_mask_loss:
-        loss_mask[labels == eod_id] = 0.0
+        loss_mask[tokens == eod_id] = 0.0
     loss_mask[[row for row, index in enumerate(indices) if index is None]] = 0.0
     position_ids = np.broadcast_to(np.arange(seq_length, dtype=np.int64), tokens.shape)
     arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}

@@ -51,6 +51,14 @@ class Request:
     text_unit: str
     shard_tokens: int
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.split < 1.0:
+            raise DataError(f"split is {self.split}, but the share of the valid split lies in [0, 1); 0.05 is usual.")
+        if self.text_unit not in TEXT_UNITS:
+            raise DataError(f"text_unit is {self.text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
+        if self.shard_tokens < 1:
+            raise DataError(f"shard_tokens is {self.shard_tokens}, but a shard holds at least one token.")
+
 
 def prepare(
     inputs: Sequence[str | Path],
@@ -88,12 +96,6 @@ def prepare(
         )
     if not inputs:
         raise DataError("No input file was given. Name at least one .txt or .jsonl file.")
-    if not 0.0 <= split < 1.0:
-        raise DataError(f"split is {split}, but the share of the valid split lies in [0, 1); 0.05 is usual.")
-    if text_unit not in TEXT_UNITS:
-        raise DataError(f"text_unit is {text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
-    if shard_tokens < 1:
-        raise DataError(f"shard_tokens is {shard_tokens}, but a shard holds at least one token.")
     sources = [Source.of(Path(path)) for path in inputs]
     given = Tokenizer.open(tokenizer_model) if tokenizer_model is not None else None
     request = Request(

@@ -31,11 +31,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train import publish
+from megatron_slm.train.optimizer_state import load_optimizer_state
 from megatron_slm.train.random_state import RandomState
 
 SCHEMA_VERSION = 1
-# "fully reshardable" gathers the optimizer's flat buffers into tensors of the parameters' own shapes: any layout reads it.
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def save(
     temporary = Path(shared[0])
     payload = {**_model_and_optimizer(chunks, optimizer, is_loading=False), "random": _random_object(random.capture())}
     dist_checkpointing.save(
-        payload, str(temporary), sharded_strategy=ThreadedSave(), validate_access_integrity=False, content_metadata=CONTENT
+        payload, str(temporary), sharded_strategy=ThreadedSave(), validate_access_integrity=False, content_metadata=_content()
     )
     dist.barrier()
     final = publish.checkpoint_path(directory, state.step)
@@ -147,8 +146,7 @@ def load(
         request["random"] = _random_object(None)
     loaded = _read(request, path)
     _load_chunks(loaded, chunks)
-    optimizer.load_state_dict(loaded["optimizer"])
-    separate_steps(optimizer)
+    load_optimizer_state(optimizer, loaded["optimizer"])
     if same_layout:
         random.restore(loaded["random"])
     else:
@@ -156,37 +154,26 @@ def load(
     return state
 
 
-def load_weights(path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
-    """Read the weights alone, of any layout; the optimizer's master copies follow them. Collective."""
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` means: an iter_NNNNNNN directory, a checkpoints directory, or a run's directory.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "state.json").exists():
+        return path
+    for directory in (path, path / "checkpoints"):
+        if (latest := publish.latest(directory)) is not None:
+            return latest
+    raise CheckpointError(f"{path} holds no checkpoint: name a run's directory or one of its iter_NNNNNNN directories")
+
+
+def load_weights(path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer | None = None) -> None:
+    """Read the weights alone, of any layout; an optimizer's master copies follow them. Collective."""
     read_state(path)
     _load_chunks(_read(_models(chunks), path), chunks)
-    optimizer.reload_model_params()
-
-
-def initialise_state(optimizer: MegatronOptimizer) -> None:
-    """Create AdamW's moments now instead of at the first step: core can neither save nor load an empty state."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if inner.optimizer is None or not isinstance(inner.optimizer, torch.optim.AdamW):
-            continue
-        for group in inner.optimizer.param_groups:
-            for param in group["params"]:
-                inner.optimizer.state[param] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=param.device),
-                    "exp_avg": torch.zeros_like(param),
-                    "exp_avg_sq": torch.zeros_like(param),
-                }
-
-
-def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its own step counter again.
-
-    Core's load makes all of them share one tensor, which AdamW would then advance once per parameter.
-    """
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if inner.optimizer is not None:
-            for state in inner.optimizer.state.values():
-                if isinstance(state.get("step"), torch.Tensor):
-                    state["step"] = state["step"].clone()
+    if optimizer is not None:
+        optimizer.reload_model_params()
 
 
 def copy_tokenizer(source: Path, checkpoint: Path) -> None:
@@ -194,15 +181,24 @@ def copy_tokenizer(source: Path, checkpoint: Path) -> None:
     shutil.copytree(source, checkpoint / "tokenizer")
 
 
+def _content() -> dict[str, Any]:
+    """What core is told about the payload, in a new dictionary each time because core adds process groups to it.
+
+    "Fully reshardable" gathers the optimizer's flat buffers into tensors of the parameters' own shapes: any layout can
+    read it.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
 def _models(chunks: list[nn.Module]) -> dict[str, Any]:
     """Sharded state of every chunk. Keys inside are global names, so chunks of another layout find theirs."""
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: unwrap(chunk).sharded_state_dict(metadata=CONTENT) for name, chunk in zip(names, chunks, strict=True)}
+    return {name: unwrap(chunk).sharded_state_dict(metadata=_content()) for name, chunk in zip(names, chunks, strict=True)}
 
 
 def _model_and_optimizer(chunks: list[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     models = _models(chunks)
-    state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=CONTENT)
+    state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_content())
     return {**models, "optimizer": state}
 
 

@@ -32,7 +32,7 @@ def test_masks_and_positions_of_a_known_sample(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [[11, 12, 2, 2, 13, 14, 2, 15, 16]]
     assert batch["document_ids"].tolist() == [[0, 0, 0, 0, 1, 2, 2, 2, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 0]]
-    assert batch["loss_mask"].tolist() == [[1, 1, 0, 0, 1, 1, 0, 1, 1]]
+    assert batch["loss_mask"].tolist() == [[1, 1, 1, 0, 0, 1, 1, 0, 1]]
     types = {name: tensor.dtype for name, tensor in batch.items()}
     assert types.pop("loss_mask") is torch.float32
     assert set(types.values()) == {torch.int64}
@@ -80,7 +80,7 @@ def test_random_samples_agree_with_a_token_by_token_reading(tmp_path: Path) -> N
         for column, token in enumerate(tokens):
             assert batch["document_ids"][row, column] == document
             assert batch["position_ids"][row, column] == position
-            assert batch["loss_mask"][row, column] == (batch["labels"][row, column] != EOD)
+            assert batch["loss_mask"][row, column] == (token != EOD)
             position += 1
             if token == EOD:
                 document, position = document + 1, 0

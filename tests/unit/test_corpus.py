@@ -71,7 +71,9 @@ def test_dtype_holds_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: str)
     assert tokens.dtype == dtype and tokens.tolist() == [vocab_size - 1, EOD]
 
 
-@pytest.mark.parametrize(("document", "reason"), [([500], "not inside"), ([-1], "not inside"), ([5, EOD], "end-of-document")])
+@pytest.mark.parametrize(
+    ("document", "reason"), [([500], "not inside"), ([-1], "not inside"), ([5, EOD], "end-of-document")]
+)
 def test_ids_that_would_be_misread_are_not_written(tmp_path: Path, document: list[int], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         write(tmp_path, [[4], document])
@@ -153,5 +155,5 @@ def test_a_changed_index_is_found(tmp_path: Path, stream: list[int]) -> None:
             Corpus.open(tmp_path, verify=verify)
     for text in ("{", "[]", json.dumps({"schema_version": 1})):
         path.write_text(text)
-        with pytest.raises(DataError, match="index.json"):
+        with pytest.raises(DataError, match=r"index\.json"):
             Corpus.open(tmp_path)

@@ -36,7 +36,8 @@ def test_train_sample_is_the_one_the_order_gives(data_path: Path) -> None:
         start = sample.index * 300
         lines = inspect(data_path, "train", position, seq_length=300, seed=9).split("\n")
         assert lines[0] == (
-            f"train position {position}: epoch {position // num_samples}, sample {sample.index} of {num_samples}, seed 9"
+            f"train position {position}: epoch {position // num_samples}, "
+            f"sample {sample.index} of {num_samples}, seed 9"
         )
         files = ", ".join(corpus.files_of(start, start + 301))
         assert lines[1] == f"tokens {start}..{start + 300} of {corpus.num_tokens}, in {files}"

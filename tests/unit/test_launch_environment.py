@@ -123,7 +123,9 @@ def test_incomplete_mpi_names_what_is_missing(environ: dict[str, str], missing: 
 @pytest.mark.parametrize("prefix", ["PMI_{}", "OMPI_COMM_WORLD_{}"])
 def test_another_mpi_than_the_one_that_started_us_is_refused(prefix: str) -> None:
     """The variables claim 3 ranks to an MPI library that nobody started: it sees one."""
-    program = "import os, sys; from megatron_slm.launch.environment import from_environment; from_environment(eval(sys.argv[1]))"
+    program = (
+        "import sys; from megatron_slm.launch.environment import from_environment; from_environment(eval(sys.argv[1]))"
+    )
     environ = {prefix.format("RANK"): "0", prefix.format("SIZE"): "3"}
     ended = subprocess.run(
         [sys.executable, "-c", program, repr(environ)],
@@ -139,7 +141,10 @@ def test_another_mpi_than_the_one_that_started_us_is_refused(prefix: str) -> Non
 
 def test_launch_imports_no_torch() -> None:
     modules = "environment, kinship, local, mpi, port, rank, report, signals, supervise"
-    program = f"from megatron_slm.launch import {modules}; import sys; sys.exit('torch' in sys.modules or 'mpi4py.MPI' in sys.modules)"
+    program = (
+        f"import sys; from megatron_slm.launch import {modules}; "
+        "sys.exit('torch' in sys.modules or 'mpi4py.MPI' in sys.modules)"
+    )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     ended = subprocess.run([sys.executable, "-c", program], check=False, env=environ)
     assert ended.returncode == 0, "the launcher's parent stays light until it preloads"

@@ -77,6 +77,21 @@ def test_the_tokenizer_is_trained_on_the_train_split_alone(jsonl: Path, tmp_path
     assert first["splits"]["valid"]["digest"] != second["splits"]["valid"]["digest"]
 
 
+def test_a_large_train_split_gives_the_tokenizer_a_share_of_its_documents(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run([jsonl], tmp_path / "whole")
+    monkeypatch.setattr(
+        "megatron_slm.data.prepare.TOKENIZER_TRAINING_CHARACTERS", whole["splits"]["train"]["num_characters"] // 2
+    )
+    part = run([jsonl], tmp_path / "part")
+    assert part["tokenizer"]["hash"] != whole["tokenizer"]["hash"]
+    assert part["splits"]["train"]["num_documents"] == whole["splits"]["train"]["num_documents"]
+    facts = json.loads((tmp_path / "part" / "tokenizer" / "tokenizer.json").read_text())
+    assert facts["trained_on"] == "0.500 of the train split's documents"
+    assert run([jsonl], tmp_path / "again")["tokenizer"] == part["tokenizer"]
+
+
 def test_the_index_says_where_the_text_came_from(jsonl: Path, tmp_path: Path) -> None:
     run([jsonl], tmp_path / "corpus", licence="PSF-2.0")
     (source,) = Corpus.open(tmp_path / "corpus" / "train").sources
@@ -137,7 +152,11 @@ def test_what_lies_at_the_output_is_kept(jsonl: Path, tmp_path: Path, kind: str)
     ("name", "content", "reason"),
     [
         ("a.jsonl", b'{"text": "fine"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"text": "fine"}\n{"body": "x"}\n', r"a\.jsonl:2 has no string under \"text\"; its keys are \['body'\]"),
+        (
+            "a.jsonl",
+            b'{"text": "fine"}\n{"body": "x"}\n',
+            r"a\.jsonl:2 has no string under \"text\"; its keys are \['body'\]",
+        ),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1 has no string"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1 has no string under \"text\"; it is no object"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 holds half of a surrogate pair"),
@@ -182,7 +201,9 @@ def test_split_zero_makes_no_valid_split(jsonl: Path, tmp_path: Path) -> None:
 def test_text_files_are_paragraphs_or_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n\none\n  two\n\n \t\n\nthree\n", newline="")
-    texts = {unit: list(read_documents([Source.of(path)], text_key="text", text_unit=unit)) for unit in ("paragraph", "file")}
+    texts = {
+        unit: list(read_documents([Source.of(path)], text_key="text", text_unit=unit)) for unit in ("paragraph", "file")
+    }
     assert texts == {"paragraph": ["one\n  two", "three"], "file": [path.read_text()]}
 
 
@@ -200,7 +221,9 @@ def test_a_killed_prepare_leaves_no_output_and_the_next_one_succeeds(tmp_path: P
     words = inspect.getsource(argparse).split()
     large.write_text("\n\n".join(" ".join(state.choices(words, k=200)) for _ in range(6000)))
     output = tmp_path / "corpus"
-    program = f"from megatron_slm.data.prepare import prepare; prepare([{str(large)!r}], {str(output)!r}, vocab_size=500)"
+    program = (
+        f"from megatron_slm.data.prepare import prepare; prepare([{str(large)!r}], {str(output)!r}, vocab_size=500)"
+    )
     child = subprocess.Popen([sys.executable, "-c", program])
     staging = tmp_path / ".corpus.preparing"
     while not (staging / reached).exists():

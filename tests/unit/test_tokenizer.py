@@ -30,7 +30,21 @@ def test_trained_tokenizer_has_the_size_and_ids_it_was_asked_for(tokenizer: Toke
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "\n", "\n\n a", " leading", "trailing  ", "a\tb\r\nc", "</s><s><pad>", "日本語 😀 é", "\0x", "<0x41>", "ﬁ á", *TEXTS],
+    [
+        "",
+        " ",
+        "\n",
+        "\n\n a",
+        " leading",
+        "trailing  ",
+        "a\tb\r\nc",
+        "</s><s><pad>",
+        "日本語 😀 é",
+        "\0x",
+        "<0x41>",
+        "ﬁ á",
+        *TEXTS,
+    ],
 )
 def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
@@ -41,7 +55,9 @@ def test_decode_undoes_encode(tokenizer: Tokenizer, text: str) -> None:
 def test_decode_undoes_encode_for_random_text(tokenizer: Tokenizer) -> None:
     random_state = random.Random(0)
     for _ in range(300):
-        points = (random_state.choice([random_state.randrange(32, 127), random_state.randrange(0x10000)]) for _ in range(40))
+        points = (
+            random_state.choice([random_state.randrange(32, 127), random_state.randrange(0x10000)]) for _ in range(40)
+        )
         text = "".join(chr(point) for point in points if point != 0x2581 and not 0xD800 <= point < 0xE000)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 

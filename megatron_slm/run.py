@@ -1,0 +1,379 @@
+"""The composition root: a resolved configuration becomes layout, groups, data, model, optimizer and hooks, and the loop runs.
+
+Read ``train`` first, top to bottom: it is the order in which things are built. The functions below it each build one
+part; a newcomer may skip them. This is the only file that knows all rooms.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_slm.config import rules
+from megatron_slm.config.load import Resolved
+from megatron_slm.config.run_config import RunConfig
+from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.cursor import Cursor, check_resume
+from megatron_slm.data.loader import TrainLoader, ValidLoader
+from megatron_slm.data.order import SampleOrder
+from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.evaluate.perplexity import held_out
+from megatron_slm.launch.environment import RankEnvironment
+from megatron_slm.launch.signals import StopRequest
+from megatron_slm.model.core_config import transformer_config
+from megatron_slm.model.counts import flops_per_token, parameters
+from megatron_slm.model.gpt import build_chunks
+from megatron_slm.parallel import device as device_seam
+from megatron_slm.parallel.gradients import gathered_parameters, wrap
+from megatron_slm.parallel.groups import process_groups
+from megatron_slm.parallel.layout import Layout
+from megatron_slm.parallel.specs import choose_spec
+from megatron_slm.stages import pretrain
+from megatron_slm.train import checkpoint, publish, run_directory
+from megatron_slm.train.hook import Hook
+from megatron_slm.train.hooks import CheckpointHook, ValidationHook
+from megatron_slm.train.loop import run_loop
+from megatron_slm.train.memory_use import memory_source
+from megatron_slm.train.metrics import Throughput
+from megatron_slm.train.metrics_writer import MetricsWriter
+from megatron_slm.train.optimizer import build_optimizer
+from megatron_slm.train.optimizer_state import initialise_state
+from megatron_slm.train.random_state import RandomState
+from megatron_slm.train.run_directory import RunDirectory
+from megatron_slm.train.schedule import learning_rate
+from megatron_slm.train.step import StepPlan, TrainState
+
+
+@dataclass(frozen=True)
+class Data:
+    """The corpus of a run: both splits, the tokenizer they were made with, and the order of training."""
+
+    train: Corpus
+    valid: Corpus
+    tokenizer: Tokenizer
+    tokenizer_directory: Path
+    order: SampleOrder
+
+
+def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = False) -> int:
+    """Train one configuration on this rank, from its newest checkpoint if its directory holds one. Collective.
+
+    Args:
+        fresh: move an existing run of this name aside and start anew.
+
+    Returns:
+        0 when the target was reached; 75 when the run was stopped and saved before.
+
+    Raises:
+        UserError: the configuration, the data or the checkpoint is refused; nothing was changed.
+    """
+    config = resolved.config
+    device = device_seam.choose_device(config.parallel.device)
+    device_seam.preload(device)
+    rules.require(config, environment.world_size, provenance=resolved.provenance)
+    layout = Layout.from_config(config.parallel, environment.world_size)
+
+    data = open_data(config)
+    vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
+    directory = RunDirectory(Path(config.log.runs_dir) / str(config.name))
+    if environment.rank == 0:
+        prepare_directory(resolved, data, environment, device, fresh=fresh)
+
+    master = (environment.master_addr, environment.master_port)
+    bound = device_seam.bind(device, environment.local_rank)
+    with (
+        StopRequest() as stop,
+        process_groups(
+            config.parallel, device=device, rank=environment.rank, world_size=environment.world_size, master=master
+        ) as groups,
+    ):
+        state, spec_reason = build_state(config, data, groups, bound, vocab_size)
+        origin = restore(state, config, directory, layout, is_first=environment.rank == 0)
+        log = open_log(config, directory, layout, device, vocab_size, state.step) if writes_log(environment) else None
+        if log is not None:
+            announce(log, config, layout, vocab_size, [spec_reason, origin])
+        plan = step_plan(config, groups, bound)
+        inputs = pretrain.step_inputs(
+            train_loader(config, data, groups), state.cursor, config.train.global_batch_size, bound
+        )
+        hooks = build_hooks(resolved, data, state, plan, layout, directory, log)
+        code = run_loop(
+            state, plan, inputs, hooks, train_iters=config.train.train_iters, should_stop=stop_rule(config, stop)
+        )
+        dist.barrier()  # a rank that leaves first would end another's last exchange
+    return code
+
+
+def open_data(config: RunConfig) -> Data:
+    """Both splits and their tokenizer, whose hash must be the one in the corpus.
+
+    Raises:
+        DataError: something is missing, damaged or does not belong together.
+    """
+    assert config.data.data_path is not None, "config/files.py refuses a run without data.data_path"
+    path = Path(config.data.data_path)
+    train, valid = Corpus.open(path / "train"), Corpus.open(path / "valid")
+    model = Path(config.tokenizer.tokenizer_model or path / "tokenizer" / "tokenizer.model")
+    tokenizer = Tokenizer.open(model, expected_hash=train.tokenizer_hash)
+    seed = config.train.seed if config.data.data_seed is None else config.data.data_seed
+    order = SampleOrder(train.num_samples(config.model.seq_length), seed, train.digest, config.model.seq_length)
+    return Data(train, valid, tokenizer, model.parent, order)
+
+
+def identity(config: RunConfig, data: Data) -> dict[str, Any]:
+    """What makes two runs the same run: model, data and seed."""
+    return {
+        "model": asdict(config.model),
+        "data": {
+            **{key: value for key, value in asdict(config.data).items() if key != "data_path"},
+            "dataset_digest": data.train.digest,
+            "tokenizer_hash": data.tokenizer.hash,
+        },
+        "seed": config.train.seed,
+    }
+
+
+def prepare_directory(
+    resolved: Resolved, data: Data, environment: RankEnvironment, device: str, *, fresh: bool
+) -> None:
+    """Create the run's directory or accept the one there; rank 0 alone.
+
+    Raises:
+        CheckpointError: the directory holds a run of another identity.
+    """
+    run_directory.prepare(
+        resolved,
+        identity=identity(resolved.config, data),
+        fresh=fresh,
+        environment={
+            "launcher": environment.launcher,
+            "world_size": environment.world_size,
+            "device": device_seam.device_name(device),
+            "threads_per_rank": torch.get_num_threads(),
+        },
+    )
+
+
+def build_state(
+    config: RunConfig, data: Data, groups: Any, device: torch.device, vocab_size: int
+) -> tuple[TrainState, str]:
+    """Model, gradient buffers, optimizer and random streams of a new run, and why its layers are what they are."""
+    random = RandomState(config.train.seed, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
+    core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
+    spec, norm, reason = choose_spec(device.type, packed_documents=config.data.reset_attention_mask)
+    chunks = build_chunks(
+        config.model, core, groups, vocab_size=vocab_size, seed=config.train.seed, spec=(spec, norm), device=device
+    )
+    half = config.precision.bf16
+    chunks = wrap(
+        chunks,
+        core,
+        config.parallel,
+        groups,
+        reduce_in_fp32=half and config.precision.accumulate_allreduce_grads_in_fp32,
+    )
+    optimizer = build_optimizer(
+        chunks,
+        config.optimizer,
+        config.precision,
+        groups,
+        distributed=config.parallel.use_distributed_optimizer,
+        width_multiplier=config.model.width_multiplier,
+    )
+    initialise_state(optimizer)
+    return TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash)), reason
+
+
+def restore(
+    state: TrainState, config: RunConfig, directory: RunDirectory, layout: Layout, *, is_first: bool
+) -> str:
+    """Continue the run's newest checkpoint, else start from ``checkpoint.pretrained_checkpoint``, else from the seed.
+
+    Returns:
+        What the state came from, in words.
+
+    Raises:
+        CheckpointError: damaged, of another model, or its next samples would not be the ones it promised.
+    """
+    latest = publish.latest(directory.checkpoints)
+    if latest is not None:
+        if is_first:
+            publish.verify(latest)
+        saved = checkpoint.read_state(latest)
+        cursor = Cursor.from_dict(saved.cursor)
+        check_resume(cursor, state.cursor)
+        checkpoint.load(latest, state.chunks, state.optimizer, state.random, layout=layout_record(layout))
+        state.step, state.cursor = saved.step, cursor
+        return f"resumed {latest} at step {saved.step}"
+    if config.checkpoint.pretrained_checkpoint is not None:
+        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
+        if is_first:
+            publish.verify(source)
+        checkpoint.load_weights(source, state.chunks, state.optimizer)
+        return f"weights from {source}; new optimizer, step 0"
+    return f"new run from seed {config.train.seed}"
+
+
+def layout_record(layout: Layout) -> dict[str, int]:
+    """The degrees under which random states have their owners."""
+    return {"world_size": layout.world_size, "vpp": layout.vpp_size, **layout.sizes}
+
+
+def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
+    """Training samples of this data-parallel rank."""
+    return TrainLoader(
+        data.train,
+        data.order,
+        config=config.data,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+    )
+
+
+def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
+    """What every step of the run has in common."""
+    return StepPlan(
+        loss=pretrain.loss,
+        learning_rate=partial(
+            learning_rate, schedule=config.schedule, optimizer=config.optimizer, train_iters=config.train.train_iters
+        ),
+        peak_learning_rate=config.optimizer.lr,
+        seq_length=config.model.seq_length,
+        groups=groups,
+        device=device,
+    )
+
+
+def evaluation(
+    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
+) -> Callable[[TrainState], None]:
+    """A function that evaluates the held-out samples, the same ones each time, and reports the loss."""
+    loader = ValidLoader(
+        data.valid,
+        config=config.data,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=plan.groups.dp.rank(),
+        data_parallel_size=plan.groups.dp.size(),
+    )
+    interleaved = config.parallel.vpp_size > 1
+
+    def evaluate(state: TrainState) -> None:
+        steps = loader.steps(
+            config.train.eval_iters,
+            config.train.global_batch_size,
+            multiple=config.parallel.pipeline_model_parallel_size if interleaved else 1,
+        )
+        on_device = ([pretrain.to_device(batch, plan.device) for batch in step] for step in steps)
+        found = held_out(
+            state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
+        )
+        if log is not None:
+            log.validation(
+                found.loss, tokens=found.tokens, step=state.step, consumed_samples=state.cursor.consumed_samples
+            )
+
+    return evaluate
+
+
+def build_hooks(
+    resolved: Resolved,
+    data: Data,
+    state: TrainState,
+    plan: StepPlan,
+    layout: Layout,
+    directory: RunDirectory,
+    log: MetricsWriter | None,
+) -> list[Hook]:
+    """Log, validation, checkpoint. At the end they are called in reverse: the save comes first, the log closes last."""
+    config = resolved.config
+    hooks: list[Hook] = [log] if log is not None else []
+    if config.train.eval_iters:
+        hooks.append(ValidationHook(evaluation(config, data, plan, log), config.train.eval_interval))
+    if config.precision.fp64:
+        # Core gathers optimizer state in fp32: such a checkpoint could not be resumed bitwise, so there is none.
+        if log is not None:
+            log.say("precision.fp64: no checkpoint is saved, because core stores optimizer states in fp32")
+        return hooks
+    save = partial(save_checkpoint, resolved=resolved, data=data, layout=layout, directory=directory)
+    saved_step = state.step if publish.latest(directory.checkpoints) is not None else -1
+    hooks.append(CheckpointHook(save, config.checkpoint.save_interval, saved_step, listeners=list(hooks)))
+    return hooks
+
+
+def save_checkpoint(
+    state: TrainState, *, resolved: Resolved, data: Data, layout: Layout, directory: RunDirectory
+) -> Path:
+    """Write and publish the state's checkpoint. Collective."""
+    saved = checkpoint.SavedState(
+        step=state.step,
+        consumed_samples=state.cursor.consumed_samples,
+        cursor=state.cursor.to_dict(),
+        layout=layout_record(layout),
+        params_dtype=resolved.config.precision.params_dtype,
+        tokenizer_hash=data.tokenizer.hash,
+    )
+
+    def add_files(temporary: Path) -> None:
+        (temporary / "config.yaml").write_text(resolved.to_yaml())
+        checkpoint.copy_tokenizer(data.tokenizer_directory, temporary)
+
+    with gathered_parameters(state.chunks):
+        return checkpoint.save(
+            directory.checkpoints, saved, state.chunks, state.optimizer, state.random, add_files=add_files
+        )
+
+
+def stop_rule(config: RunConfig, stop: StopRequest) -> Callable[[int], bool]:
+    """When this rank wants the run to stop before its target: a signal, a step or a duration."""
+    started = time.monotonic()
+    interval, minutes = config.train.exit_interval, config.train.exit_duration_in_mins
+
+    def should_stop(step: int) -> bool:
+        if stop.requested or (interval is not None and step % interval == 0):
+            return True
+        return minutes is not None and time.monotonic() - started >= 60.0 * minutes
+
+    return should_stop
+
+
+def writes_log(environment: RankEnvironment) -> bool:
+    """The last rank ends the last pipeline stage, so it has the loss; Megatron's log comes from it too."""
+    return environment.rank == environment.world_size - 1
+
+
+def open_log(
+    config: RunConfig, directory: RunDirectory, layout: Layout, device: str, vocab_size: int, step: int
+) -> MetricsWriter:
+    """The run's log, continued after ``step``."""
+    return MetricsWriter(
+        directory.path,
+        config.log,
+        step=step,
+        train_iters=config.train.train_iters,
+        seq_length=config.model.seq_length,
+        throughput=Throughput.of(
+            flops_per_token(config.model, vocab_size),
+            layout.world_size,
+            device_name=device_seam.device_name(device),
+            params_dtype=config.precision.params_dtype,
+        ),
+        memory=memory_source(device),
+    )
+
+
+def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
+    """The lines a run begins with: what it is, how it is divided, why its kernels are what they are, where it starts."""
+    degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
+    log.say(f"{config.name}: {parameters(config.model, vocab_size):,} parameters, vocabulary {vocab_size:,}")
+    log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")
+    for line in reasons:
+        log.say(line)

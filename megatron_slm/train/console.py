@@ -1,0 +1,96 @@
+"""What a run says: Megatron's lines on standard output and in ``log.txt``, a progress bar, and ``progress.txt``.
+
+People's scripts search logs for these words, so their spelling and order are those of Megatron's ``training_log``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_slm.train.hook import StepResult
+
+
+class Console:
+    """Writes lines to standard output and to ``log.txt`` of the run, above a progress bar where there is a terminal."""
+
+    def __init__(self, directory: Path, *, train_iters: int, step: int, progress_bar: bool) -> None:
+        """Append to ``directory/log.txt``; the bar starts at ``step`` of ``train_iters``."""
+        self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
+        shown = progress_bar and sys.stderr.isatty()
+        self._bar = tqdm(total=train_iters, initial=step, unit="it", dynamic_ncols=True) if shown else None
+
+    def say(self, line: str) -> None:
+        """Print one line and keep it."""
+        self._log.write(line + "\n")
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stdout)
+
+    def advance(self) -> None:
+        """One step more on the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and close the file."""
+        if self._bar is not None:
+            self._bar.close()
+        self._log.close()
+
+
+def iteration_line(results: Sequence[StepResult], *, train_iters: int, tflops_per_second: float, now: datetime) -> str:
+    """Megatron's line for the steps since the last one, oldest first.
+
+    Loss and time are means over these steps, as there; norm, learning rate and batch size are the last step's. The
+    learning rate is the one the update was made with, where Megatron prints that of the next update.
+
+    Args:
+        results: at least one step.
+        train_iters: updates of the whole run.
+        tflops_per_second: of one rank, mean over these steps.
+        now: the time to print.
+    """
+    assert results, "a line needs at least one step"
+    last = results[-1]
+    applied = [result for result in results if not result.skipped]
+    finite = [result.loss for result in applied if math.isfinite(result.loss)]
+    milliseconds = 1e3 * sum(result.times.total for result in results) / len(results)
+    line = f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {last.step:8d}/{train_iters:8d} |"
+    line += f" consumed samples: {last.consumed_samples:12d} |"
+    line += f" elapsed time per iteration (ms): {milliseconds:.1f} |"
+    line += f" throughput per GPU (TFLOP/s/GPU): {tflops_per_second:.1f} |"
+    line += f" learning rate: {last.learning_rate:.6E} |"
+    line += f" global batch size: {last.batch_size:5d} |"
+    if finite:
+        line += f" lm loss: {sum(finite) / len(finite):.6E} |"
+    line += f" loss scale: {1.0:.1f} | grad norm: {last.grad_norm:.3f} |"
+    line += f" number of skipped iterations: {len(results) - len(applied):3d} |"
+    nan = sum(not math.isfinite(result.loss) for result in results)
+    return line + f" number of nan iterations: {nan:3d} |"
+
+
+def validation_lines(loss: float, *, where: str) -> list[str]:
+    """Megatron's framed lines for a validation; ``where`` is for example ``iteration 100``."""
+    line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {capped_perplexity(loss):.6E} | "
+    frame = "-" * (len(line) + 1)
+    return [frame, line, frame]
+
+
+def capped_perplexity(loss: float) -> float:
+    """exp(loss) with the exponent cut at 20, as Megatron reports it."""
+    return math.exp(min(20.0, loss)) if not math.isnan(loss) else math.nan
+
+
+def append_progress(directory: Path, event: str, *, world_size: int, now: datetime) -> None:
+    """Add one line to ``progress.txt``: what happened to the run, over all its restarts."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    with (directory / "progress.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{now:%Y-%m-%d %H:%M:%S}\tJob ID: {job}\t# GPUs: {world_size}\t{event}\n")

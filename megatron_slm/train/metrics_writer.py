@@ -1,0 +1,149 @@
+"""The hook that writes what a run leaves: console, ``log.txt``, ``progress.txt``, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_slm.train.config import LogConfig
+from megatron_slm.train.console import (
+    Console,
+    append_progress,
+    capped_perplexity,
+    iteration_line,
+    validation_lines,
+)
+from megatron_slm.train.hook import Hook, StepResult
+from megatron_slm.train.memory_use import MemoryUse
+from megatron_slm.train.metrics import Throughput, finite, step_record, truncate_records
+from megatron_slm.train.tensorboard_events import TensorBoardScalars
+
+
+class MetricsWriter(Hook):
+    """Given to the loop on exactly one rank: as in Megatron the last, which has the loss without another exchange."""
+
+    def __init__(
+        self,
+        directory: Path,
+        log: LogConfig,
+        *,
+        step: int,
+        train_iters: int,
+        seq_length: int,
+        throughput: Throughput,
+        memory: Callable[[], MemoryUse],
+    ) -> None:
+        """Open the files of the run for appending.
+
+        Args:
+            directory: ``runs/NAME``; must exist.
+            log: intervals, and what is written.
+            step: updates already made. Records of later steps, left by a run that was stopped, are cut.
+            train_iters: updates of the whole run.
+            seq_length: tokens of one sample.
+            throughput: rates of this job.
+            memory: see :func:`megatron_slm.train.memory_use.memory_source`.
+        """
+        self._directory, self._step, self._train_iters = directory, step, train_iters
+        self._interval, self._seq_length = log.log_interval, seq_length
+        self._throughput, self._memory = throughput, memory
+        self._metrics = _open_records(directory / "metrics.jsonl", step)
+        self._validations = _open_records(directory / "validation.jsonl", step)
+        self._tensorboard = TensorBoardScalars(directory / "tensorboard") if log.tensorboard else None
+        self._console = Console(directory, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
+        self._since_line: list[StepResult] = []
+
+    def say(self, line: str) -> None:
+        """Print a line of the run and keep it in ``log.txt``."""
+        self._console.say(line)
+
+    def before_run(self, state: Any) -> None:
+        """Note the start in ``progress.txt``."""
+        self._progress(f"Starting job\tIteration: {self._step}")
+
+    def after_step(self, state: Any, result: StepResult) -> None:
+        """Record the step; at the interval and at the target also print Megatron's line and write TensorBoard."""
+        memory = self._memory()
+        record = step_record(
+            result, seq_length=self._seq_length, throughput=self._throughput, memory_bytes=memory.peak_bytes
+        )
+        _write(self._metrics, record)
+        self._since_line.append(result)
+        self._console.advance()
+        if result.step % self._interval == 0 or result.step == self._train_iters:
+            self._line(memory)
+
+    def validation(self, loss: float, *, tokens: int, step: int, consumed_samples: int) -> None:
+        """Report a mean held-out loss in nats over ``tokens`` tokens, taken after ``step`` updates.
+
+        It goes to ``validation.jsonl``, whose records look like those of ``metrics.jsonl``.
+        """
+        record = {
+            "step": step,
+            "consumed_samples": consumed_samples,
+            "lm_loss": finite(loss),
+            "lm_loss_bits": float(loss).hex(),
+            "loss_tokens": tokens,
+        }
+        _write(self._validations, record)
+        for line in validation_lines(loss, where=f"iteration {step}"):
+            self.say(line)
+        if self._tensorboard is not None:
+            scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss)}
+            self._tensorboard.write(scalars, step=step, consumed_samples=consumed_samples)
+
+    def after_save(self, state: Any, checkpoint: Path) -> None:
+        """Note the checkpoint in ``progress.txt``, and print where it is."""
+        self.say(f"saved {checkpoint}")
+        self._progress(f"Saved checkpoint\tIteration: {int(checkpoint.name.removeprefix('iter_'))}")
+
+    def after_run(self, state: Any, code: int) -> None:
+        """Print what is left, note the end and close every file."""
+        if self._since_line:
+            self._line(self._memory())
+        self._progress(f"Ending job\tExit code: {code}")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._metrics.close()
+        self._validations.close()
+        self._console.close()
+
+    def _line(self, memory: MemoryUse) -> None:
+        results, self._since_line = self._since_line, []
+        last, seconds = results[-1], sum(result.times.total for result in results)
+        tokens = self._seq_length * sum(result.batch_size for result in results)
+        tflops = self._throughput.tflops_per_second(tokens, seconds)
+        now = datetime.now()
+        self.say(iteration_line(results, train_iters=self._train_iters, tflops_per_second=tflops, now=now))
+        if self._tensorboard is None:
+            return
+        scalars = {
+            "learning-rate": last.learning_rate,
+            "batch-size": last.batch_size,
+            "loss-scale": 1.0,
+            "grad-norm": last.grad_norm,
+            "lm loss": last.loss,
+            "iteration-time": seconds / len(results),
+            "throughput": tflops,
+            "world-size": self._throughput.world_size,
+            **memory.tags,
+        }
+        self._tensorboard.write(scalars, step=last.step, consumed_samples=last.consumed_samples)
+        # A killed run keeps what was written up to its last line.
+        self._tensorboard.flush()
+
+    def _progress(self, event: str) -> None:
+        append_progress(self._directory, event, world_size=self._throughput.world_size, now=datetime.now())
+
+
+def _open_records(path: Path, step: int) -> TextIO:
+    """Cut what comes after ``step`` and append, line by line: a killed run loses no step it has finished."""
+    truncate_records(path, step)
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _write(file: TextIO, record: dict[str, Any]) -> None:
+    file.write(json.dumps(record, allow_nan=False) + "\n")
