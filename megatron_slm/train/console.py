@@ -20,9 +20,9 @@ from megatron_slm.train.hook import StepResult
 class Console:
     """Writes lines to standard output and to ``log.txt`` of the run, above a progress bar where there is a terminal."""
 
-    def __init__(self, directory: Path, *, train_iters: int, step: int, progress_bar: bool) -> None:
-        """Append to ``directory/log.txt``; the bar starts at ``step`` of ``train_iters``."""
-        self._log = (directory / "log.txt").open("a", encoding="utf-8", buffering=1)
+    def __init__(self, log: Path, *, train_iters: int, step: int, progress_bar: bool) -> None:
+        """Append to ``log``; the bar starts at ``step`` of ``train_iters``."""
+        self._log = log.open("a", encoding="utf-8", buffering=1)
         shown = progress_bar and sys.stderr.isatty()
         self._bar = tqdm(total=train_iters, initial=step, unit="it", dynamic_ncols=True) if shown else None
 
@@ -34,9 +34,10 @@ class Console:
         else:
             self._bar.write(line, file=sys.stdout)
 
-    def advance(self) -> None:
+    def advance(self, *, loss: float, tokens_per_second: float) -> None:
         """One step more on the bar."""
         if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
             self._bar.update()
 
     def close(self) -> None:
@@ -89,8 +90,8 @@ def capped_perplexity(loss: float) -> float:
     return math.exp(min(20.0, loss)) if not math.isnan(loss) else math.nan
 
 
-def append_progress(directory: Path, event: str, *, world_size: int, now: datetime) -> None:
-    """Add one line to ``progress.txt``: what happened to the run, over all its restarts."""
+def append_progress(progress: Path, event: str, *, world_size: int, now: datetime) -> None:
+    """Add one line to the file ``progress``: what happened to the run, over all its restarts."""
     job = os.environ.get("SLURM_JOB_ID", "")
-    with (directory / "progress.txt").open("a", encoding="utf-8") as file:
+    with progress.open("a", encoding="utf-8") as file:
         file.write(f"{now:%Y-%m-%d %H:%M:%S}\tJob ID: {job}\t# GPUs: {world_size}\t{event}\n")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_slm.train.config import LogConfig
 from megatron_slm.train.console import (
@@ -19,7 +19,10 @@ from megatron_slm.train.console import (
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.memory_use import MemoryUse
 from megatron_slm.train.metrics import Throughput, finite, step_record, truncate_records
-from megatron_slm.train.tensorboard_events import TensorBoardScalars
+from megatron_slm.train.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from megatron_slm.train.tensorboard_events import TensorBoardScalars
 
 
 class MetricsWriter(Hook):
@@ -41,19 +44,19 @@ class MetricsWriter(Hook):
         Args:
             directory: ``runs/NAME``; must exist.
             log: intervals, and what is written.
-            step: updates already made. Records of later steps, left by a run that was stopped, are cut.
+            step: updates already made. Records and events of later steps, left by a run that was stopped, are cut.
             train_iters: updates of the whole run.
             seq_length: tokens of one sample.
             throughput: rates of this job.
             memory: see :func:`megatron_slm.train.memory_use.memory_source`.
         """
-        self._directory, self._step, self._train_iters = directory, step, train_iters
+        self._run, self._step, self._train_iters = RunDirectory(directory), step, train_iters
         self._interval, self._seq_length = log.log_interval, seq_length
         self._throughput, self._memory = throughput, memory
-        self._metrics = _open_records(directory / "metrics.jsonl", step)
-        self._validations = _open_records(directory / "validation.jsonl", step)
-        self._tensorboard = TensorBoardScalars(directory / "tensorboard") if log.tensorboard else None
-        self._console = Console(directory, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
+        self._metrics = _open_records(self._run.metrics, step)
+        self._validations = _open_records(self._run.validation, step)
+        self._tensorboard = _open_tensorboard(self._run.tensorboard, step) if log.tensorboard else None
+        self._console = Console(self._run.log, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
         self._since_line: list[StepResult] = []
 
     def say(self, line: str) -> None:
@@ -72,7 +75,7 @@ class MetricsWriter(Hook):
         )
         _write(self._metrics, record)
         self._since_line.append(result)
-        self._console.advance()
+        self._console.advance(loss=result.loss, tokens_per_second=record["tokens_per_second"])
         if result.step % self._interval == 0 or result.step == self._train_iters:
             self._line(memory)
 
@@ -136,7 +139,14 @@ class MetricsWriter(Hook):
         self._tensorboard.flush()
 
     def _progress(self, event: str) -> None:
-        append_progress(self._directory, event, world_size=self._throughput.world_size, now=datetime.now())
+        append_progress(self._run.progress, event, world_size=self._throughput.world_size, now=datetime.now())
+
+
+def _open_tensorboard(directory: Path, step: int) -> TensorBoardScalars:
+    # Imported by the one rank that writes, and only if it does: a tenth of a second of every other rank's start.
+    from megatron_slm.train.tensorboard_events import TensorBoardScalars
+
+    return TensorBoardScalars(directory, step)
 
 
 def _open_records(path: Path, step: int) -> TextIO:

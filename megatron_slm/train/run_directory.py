@@ -146,7 +146,9 @@ def _check_identity(path: Path, fields: dict[str, Any]) -> None:
     if differ:
         lines = [f"  {key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in differ]
         raise CheckpointError(
-            "\n".join([f"{path} is another run: a resume needs the same model, data, seed and precision.", *lines, remedy])
+            "\n".join(
+                [f"{path} is another run: a resume needs the same model, data, seed and precision.", *lines, remedy]
+            )
         )
 
 

@@ -137,6 +137,37 @@ def test_tensorboard_has_megatrons_tags(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "tail",
+    [b"", b"\x30", b"\x30" + bytes(11) + b"torn", b"\x04" + bytes(11) + b"\xff\xff\xff\xff" + bytes(4), bytes(64)],
+    ids=["whole", "torn header", "torn event", "no event", "zeros"],
+)
+@pytest.mark.parametrize("steps", [5, 7])
+def test_a_resume_leaves_no_step_twice_in_tensorboard(tmp_path: Path, tail: bytes, steps: int) -> None:
+    first = writer(tmp_path, log_interval=1)
+    for step in range(1, steps + 1):
+        first.after_step(None, result(step))
+        if step in (5, 7):
+            first.validation(3.0, tokens=1, step=step, consumed_samples=BATCH * step)
+    first.after_run(None, 75)
+    (events_file,) = (tmp_path / "tensorboard").iterdir()
+    with events_file.open("ab") as file:
+        file.write(tail)
+    resumed = writer(tmp_path, step=5, log_interval=1)
+    for step in range(6, 9):
+        resumed.after_step(None, result(step, loss=1.0))
+    resumed.after_run(None, 0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [6.1, 6.2, 6.3, 6.4, 6.5, 1.0, 1.0, 1.0]
+    points = [(point.step, round(point.value, 4)) for point in events.Scalars("lm loss")]
+    assert points == list(enumerate(losses, start=1))
+    points = [(point.step, round(point.value, 4)) for point in events.Scalars("lm loss vs samples")]
+    assert points == [(BATCH * step, loss) for step, loss in enumerate(losses, start=1)]
+    assert [point.step for point in events.Scalars("lm loss validation")] == [5]
+    assert [point.step for point in events.Scalars("lm loss validation vs samples")] == [20]
+
+
 def test_tensorboard_can_be_switched_off(tmp_path: Path) -> None:
     log = writer(tmp_path, tensorboard=False)
     log.after_step(None, result(2))

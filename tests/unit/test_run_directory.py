@@ -58,7 +58,9 @@ def test_a_resume_keeps_what_it_replaces(tmp_path: Path) -> None:
     for iterations in (7, 8):
         changed = resolved(tmp_path, f"train.train_iters={iterations}")
         prepare(changed, identity=IDENTITY, fresh=False, environment={"launcher": "slurm"})
-    lengths = [load(directory / name).config.train.train_iters for name in ("config.yaml.1", "config.yaml.2", "config.yaml")]
+    lengths = [
+        load(directory / name).config.train.train_iters for name in ("config.yaml.1", "config.yaml.2", "config.yaml")
+    ]
     assert lengths == [resolved(tmp_path).config.train.train_iters, 7, 8]
     launchers = [json.loads((directory / f"environment.json.{number}").read_text())["launcher"] for number in (1, 2)]
     assert launchers == ["local", "slurm"]
