@@ -16,35 +16,37 @@ case $version in
     3.10 | 3.11 | 3.12) ;;
     *) die "'$python' is Python $version, and megatron-core 0.16.1 needs 3.10, 3.11 or 3.12. Give one with PYTHON=python3.11." ;;
 esac
-"$python" -c 'import ensurepip, venv' 2> /dev/null ||
-    die "'$python' cannot make virtual environments (no ensurepip). On Debian: apt-get install python$version-venv."
-
-if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
-    echo "Making $venv with Python $version; installing takes about 3 minutes."
-    "$python" -m venv --clear "$venv"
-fi
-pip=("$venv/bin/python" -m pip --disable-pip-version-check)
-
 build=${MSLM_TORCH:-}
 if [ -z "$build" ]; then
     build=cpu
     if [ -e /dev/nvidia0 ] || nvidia-smi -L > /dev/null 2>&1; then build=cuda; fi
 fi
+case $build in
+    cpu | cuda) ;;
+    *) die "MSLM_TORCH is '$build'; it is cpu or cuda." ;;
+esac
+"$python" -c 'import ensurepip, venv' 2> /dev/null ||
+    die "'$python' cannot make virtual environments (no ensurepip). On Debian: apt-get install python$version-venv."
+
+if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
+    # An unfinished environment is made anew; anything else that lies there is not ours to clear.
+    if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+        die "$venv exists and is no virtual environment. Name another directory, or remove it."
+    fi
+    echo "Making $venv with Python $version; installing takes about 3 minutes."
+    "$python" -m venv --clear "$venv"
+fi
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+
 torch=$(sed -n 's/^torch==//p' constraints.txt)
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 installed=$("$venv/bin/python" -c 'from importlib import metadata; print(metadata.version("torch"))' 2> /dev/null || true)
-case $build in
-    cuda) ;;
-    cpu)
-        # Fetched by itself, so that nothing else is looked for at the second address, which may be out of reach.
-        if [ "${installed%%+*}" != "$torch" ] && ! "${pip[@]}" download --quiet --no-deps --retries 1 -d "$wheels" \
-            --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"; then
-            echo "torch $torch has no CPU build for Python $version here: the default build follows, several GB." >&2
-        fi
-        ;;
-    *) die "MSLM_TORCH is '$build'; it is cpu or cuda." ;;
-esac
+# Fetched by itself, so that nothing else is looked for at the second address, which may be out of reach.
+if [ "$build" = cpu ] && [ "${installed%%+*}" != "$torch" ] && ! "${pip[@]}" download --quiet --no-deps --retries 1 \
+    -d "$wheels" --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"; then
+    echo "torch $torch has no CPU build for Python $version here: the default build follows, several GB." >&2
+fi
 
 # Without build isolation, as everybody builds beside torch; setuptools must then be there first.
 "${pip[@]}" install --quiet -c constraints.txt setuptools

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_slm.data.shards import COLUMN, INDEX_NAME, SCHEMA_VERSION, ContentDigest
+from megatron_slm.data.shards import COLUMN, INDEX_NAME, SCHEMA_VERSION, ContentDigest, file_sha256
 from megatron_slm.errors import DataError
 
 REMEDY = "Run `mslm data prepare` again into a new directory, or copy the corpus anew."
@@ -139,8 +138,7 @@ def _map_shard(path: Path, facts: dict[str, Any], dtype: str, verify: str) -> np
         if num_bytes != facts["bytes"]:
             raise DataError(f"{path} has {num_bytes} bytes, but the index promises {facts['bytes']}. {REMEDY}")
         if verify == "hash":
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = file_sha256(path)
             if found != facts["sha256"]:
                 raise DataError(
                     f"{path} is damaged: sha256 {found}, but the index promises {facts['sha256']}. {REMEDY}"

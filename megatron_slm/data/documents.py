@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_slm.data.shards import file_sha256
 from megatron_slm.errors import DataError
 
 TEXT_UNITS = ("paragraph", "file")
@@ -36,9 +37,7 @@ class Source:
         if path.suffix not in (".txt", ".jsonl"):
             raise DataError(f"Cannot read documents from {path}: the name must end in .txt or .jsonl.")
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return Source(path, digest, path.stat().st_size)
+            return Source(path, file_sha256(path), path.stat().st_size)
         except OSError as error:
             raise DataError(f"Cannot read {path}: {error.strerror}. Check the path.") from error
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +81,7 @@ class ShardWriter:
         self._num_documents = 0
         self._shards: list[dict[str, Any]] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(
@@ -124,11 +124,8 @@ class ShardWriter:
         batch = pa.record_batch([pa.array(tokens)], names=[COLUMN])
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._shards.append(
-            {"file": path.name, "num_tokens": len(tokens), "bytes": path.stat().st_size, "sha256": digest}
-        )
+        size, digest = path.stat().st_size, file_sha256(path)
+        self._shards.append({"file": path.name, "num_tokens": len(tokens), "bytes": size, "sha256": digest})
 
     def _finish(self) -> None:
         if self._num_pending:
@@ -144,6 +141,15 @@ class ShardWriter:
             "sources": self._sources,
         }
         write_json(self.directory / INDEX_NAME, self.index)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file of any size, read in pieces (``hashlib.file_digest`` needs Python 3.11)."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-# Dense bf16 tensor-core FLOP/s without sparsity (the data sheets' headline numbers are with 2:4 sparsity and are halved
-# here), by a fragment of the name that CUDA reports; a longer fragment comes before a shorter one it contains.
-#   A100            NVIDIA A100 Tensor Core GPU data sheet, 2021: 312 TFLOPS dense
-#   H100 SXM, NVL, PCIe   NVIDIA H100 Tensor Core GPU data sheet, 2023: 1979, 1671, 1513 TFLOPS with sparsity
-#   H200 SXM, NVL   NVIDIA H200 Tensor Core GPU data sheet, 2024: 1979, 1671 TFLOPS with sparsity
-#   B200            NVIDIA DGX B200 data sheet, 2024: 72 PFLOPS FP8 with sparsity for 8 GPUs; bf16 is half of FP8
-PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
-    ("A100", 312e12),
-    ("H100 NVL", 835.5e12),
-    ("H100 PCIe", 756.5e12),
-    ("H100", 989.5e12),
-    ("H200 NVL", 835.5e12),
-    ("H200", 989.5e12),
-    ("B200", 2250e12),
+from typing import NamedTuple
+
+
+class Peak(NamedTuple):
+    """TFLOP/s of one device, without the 2:4 sparsity that the data sheets' headline numbers are with."""
+
+    bfloat16: float
+    """Tensor cores."""
+    float32: float
+    """The vector units: torch multiplies fp32 matrices there, unless it is told to round them to TF32."""
+
+
+# By words of the name that CUDA reports; an entry with more words comes before one whose words it contains.
+#   A100            NVIDIA A100 Tensor Core GPU data sheet, 2021
+#   H100            NVIDIA H100 Tensor Core GPU data sheet, 2023; bf16 1979 (SXM), 1671 (NVL), 1513 (PCIe) with sparsity
+#   H200            NVIDIA H200 Tensor Core GPU data sheet, 2024; bf16 1979 (SXM), 1671 (NVL) with sparsity
+#   B200            NVIDIA Blackwell data sheet, 2024, HGX B200: bf16 4500 with sparsity
+#   L40S, A10       NVIDIA L40S data sheet, 2023; NVIDIA A10 Tensor Core GPU data sheet, 2021
+PEAKS: tuple[tuple[frozenset[str], Peak], ...] = (
+    (frozenset({"A100"}), Peak(312.0, 19.5)),
+    (frozenset({"H100", "NVL"}), Peak(835.5, 60.0)),
+    (frozenset({"H100", "PCIe"}), Peak(756.5, 51.0)),
+    (frozenset({"H100"}), Peak(989.5, 67.0)),
+    (frozenset({"H200", "NVL"}), Peak(835.5, 60.0)),
+    (frozenset({"H200"}), Peak(989.5, 67.0)),
+    (frozenset({"B200"}), Peak(2250.0, 75.0)),
+    (frozenset({"L40S"}), Peak(362.05, 91.6)),
+    (frozenset({"A10"}), Peak(125.0, 31.2)),
 )
 
 
@@ -24,13 +38,11 @@ def peak_flops(device_name: str, params_dtype: str) -> float | None:
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` reports it, for example ``NVIDIA H200``.
-        params_dtype: dtype of the matrix products; a peak is known for ``bfloat16`` alone.
+        params_dtype: dtype of the matrix products; peaks are known for ``bfloat16`` and ``float32``.
     """
-    if params_dtype != "bfloat16":
+    words = frozenset(device_name.replace("-", " ").split())
+    # A slice of a GPU (multi-instance, virtual) has a part of the peak.
+    if params_dtype not in Peak._fields or words & {"MIG", "GRID"}:
         return None
-    # GB200 is another product (the same die at another power limit), and a slice of a GPU has a part of its peak.
-    words = device_name.replace("-", " ").split()
-    if "MIG" in words or "GB200" in words:
-        return None
-    name = " ".join(words)
-    return next((flops for fragment, flops in PEAK_BF16_FLOPS if fragment in name), None)
+    peak = next((peak for needed, peak in PEAKS if needed <= words), None)
+    return None if peak is None else 1e12 * float(getattr(peak, params_dtype))

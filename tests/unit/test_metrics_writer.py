@@ -157,12 +157,13 @@ def test_a_resume_leaves_no_step_twice_in_tensorboard(tmp_path: Path, tail: byte
     for step in range(6, 9):
         resumed.after_step(None, result(step, loss=1.0))
     resumed.after_run(None, 0)
+    # Sorted, because two files of one process and one second may be read in either order.
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     losses = [6.1, 6.2, 6.3, 6.4, 6.5, 1.0, 1.0, 1.0]
-    points = [(point.step, round(point.value, 4)) for point in events.Scalars("lm loss")]
+    points = sorted((point.step, round(point.value, 4)) for point in events.Scalars("lm loss"))
     assert points == list(enumerate(losses, start=1))
-    points = [(point.step, round(point.value, 4)) for point in events.Scalars("lm loss vs samples")]
+    points = sorted((point.step, round(point.value, 4)) for point in events.Scalars("lm loss vs samples"))
     assert points == [(BATCH * step, loss) for step, loss in enumerate(losses, start=1)]
     assert [point.step for point in events.Scalars("lm loss validation")] == [5]
     assert [point.step for point in events.Scalars("lm loss validation vs samples")] == [20]

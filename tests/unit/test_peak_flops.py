@@ -18,6 +18,8 @@ from megatron_slm.train.peak_flops import peak_flops
         ("NVIDIA H200", 989.5),
         ("NVIDIA H200 NVL", 835.5),
         ("NVIDIA B200", 2250.0),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA A10", 125.0),
     ],
 )
 def test_known_devices(name: str, tflops: float) -> None:
@@ -25,14 +27,29 @@ def test_known_devices(name: str, tflops: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cpu", "NVIDIA GeForce RTX 4090", "NVIDIA GB200", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA A10"]
+    "name",
+    [
+        "cpu",
+        "",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA GB200",
+        "NVIDIA GH200 480GB",
+        "NVIDIA A10G",
+        "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+        "GRID A100-20C",
+    ],
 )
 def test_no_number_is_made_up(name: str) -> None:
     assert peak_flops(name, "bfloat16") is None
 
 
+def test_fp32_is_not_taken_for_tf32() -> None:
+    assert peak_flops("NVIDIA H200", "float32") == 67e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
+
+
 def test_other_formats_have_no_peak() -> None:
-    assert peak_flops("NVIDIA H200", "float32") is None
+    assert peak_flops("NVIDIA H200", "float64") is None
 
 
 def test_utilisation_is_the_share_of_the_peak() -> None:

@@ -10,16 +10,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_slm.train import publish
 
-# Publishes the same step twice and is killed at the n-th file operation of the second time.
+# Publishes step 100, then the given step, and is killed at the n-th file operation of the second save.
 SAVER = """
 import os, signal, sys
 from pathlib import Path
 from megatron_slm.train import publish
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-directory, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+directory, second_step, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 seen, counting = 0, False
 
 def count(event, arguments):
@@ -30,18 +32,18 @@ def count(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
 sys.addaudithook(count)
-for save in (0, 1):
+for save, step in enumerate((100, second_step)):
     counting = save == 1
-    temporary = publish.begin(directory, 100)
+    temporary = publish.begin(directory, step)
     (temporary / "payload").write_text(f"save {save}")
-    publish.publish(temporary, publish.checkpoint_path(directory, 100))
+    publish.publish(temporary, publish.checkpoint_path(directory, step))
 print(seen)
 """
 
 
-def run_saver(directory: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
+def run_saver(directory: Path, second_step: int, kill_at: int) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", SAVER, str(directory), str(kill_at)]
+    command = [sys.executable, "-c", SAVER, str(directory), str(second_step), str(kill_at)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
 
 
@@ -52,15 +54,16 @@ def payload_under_the_tracker(checkpoints: Path) -> str:
     return (newest / "payload").read_text()
 
 
-def test_every_file_operation(tmp_path: Path) -> None:
-    whole = run_saver(tmp_path / "whole", 1_000_000)
+@pytest.mark.parametrize("second_step", [100, 150], ids=["the same step again", "the next step"])
+def test_every_file_operation(tmp_path: Path, second_step: int) -> None:
+    whole = run_saver(tmp_path / "whole", second_step, 1_000_000)
     assert whole.returncode == 0, whole.stderr
     operations = int(whole.stdout)
     assert operations > 10, "a save opens, renames and removes more than this: the audit hook has seen nothing"
     survivors = []
     for kill_at in range(1, operations + 1):
         checkpoints = tmp_path / str(kill_at)
-        killed = run_saver(checkpoints, kill_at)
+        killed = run_saver(checkpoints, second_step, kill_at)
         assert killed.returncode == -9, killed.stderr
         survivors.append(payload_under_the_tracker(checkpoints))
         # The next save tidies up without touching what it must not, and works.
@@ -69,8 +72,10 @@ def test_every_file_operation(tmp_path: Path) -> None:
         (temporary / "payload").write_text("after the kill")
         publish.publish(temporary, publish.checkpoint_path(checkpoints, 200))
         assert payload_under_the_tracker(checkpoints) == "after the kill"
-        names = sorted(entry.name for entry in checkpoints.iterdir())
-        assert names == ["iter_0000100", "iter_0000200", publish.TRACKER]
+        hidden = [entry.name for entry in checkpoints.iterdir() if entry.name.startswith(".")]
+        assert hidden == [], "nothing is left of the killed save"
+        for entry in checkpoints.glob("iter_*"):
+            publish.verify(entry)
     replaced = survivors.index("save 1")
     assert survivors == ["save 0"] * replaced + ["save 1"] * (operations - replaced)
     assert 0 < replaced < operations, "the kills fall on both sides of the moment of publishing"
