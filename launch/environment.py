@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megatron_slm.errors import LaunchError
+from megatron_slm.launch import mpi
 
 Launcher = Literal["local", "torchrun", "slurm", "mpi"]
 
@@ -75,9 +76,8 @@ def from_environment(environ: Mapping[str, str]) -> RankEnvironment | None:
     for rank_name, size_name in _MPI_VARIABLES:
         if rank_name in environ or size_name in environ:
             _require(environ, (rank_name, size_name), "an MPI launcher")
-            from megatron_slm.launch import mpi
-
-            return mpi.join(environ, world_size=_integer(environ, size_name))
+            fields = mpi.join(environ, world_size=_integer(environ, size_name))
+            return RankEnvironment(**fields, launcher="mpi")
     return None
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_slm.errors import LaunchError
-from megatron_slm.launch import report
-from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.port import reserve_port
 
 
-def join(environ: Mapping[str, str], *, world_size: int) -> RankEnvironment:
+def join(environ: Mapping[str, str], *, world_size: int) -> dict[str, Any]:
     """This process's rank from MPI; rank 0's address and a free port of it come by broadcast. Collective.
+
+    Returns the fields of a ``RankEnvironment`` but its launcher.
 
     Args:
         environ: MASTER_ADDR in it, if any, is rank 0's address for ranks on several machines.
@@ -24,7 +22,7 @@ def join(environ: Mapping[str, str], *, world_size: int) -> RankEnvironment:
     Raises:
         LaunchError: mpi4py is missing, finds no MPI library, or loads another MPI than the one that started us.
     """
-    mpi = _load_mpi()
+    mpi = load_mpi()
     world = mpi.COMM_WORLD
     if world.Get_size() != world_size:
         raise LaunchError(
@@ -42,35 +40,24 @@ def join(environ: Mapping[str, str], *, world_size: int) -> RankEnvironment:
         # Left open on purpose until the process ends: nobody else is given the port, and torch may still bind it.
         reserved.detach()
     address, port = world.bcast(meeting, root=0)
-    environment = RankEnvironment(
-        rank=rank,
-        world_size=world_size,
-        local_rank=machine.Get_rank(),
-        local_world_size=machine.Get_size(),
-        master_addr=address,
-        master_port=port,
-        launcher="mpi",
-    )
+    fields = {
+        "rank": rank,
+        "world_size": world_size,
+        "local_rank": machine.Get_rank(),
+        "local_world_size": machine.Get_size(),
+        "master_addr": address,
+        "master_port": port,
+    }
     machine.Free()
-    return environment
+    return fields
 
 
-@contextlib.contextmanager
-def abort_on_exception(environment: RankEnvironment) -> Iterator[None]:
-    """End the whole MPI job when this rank fails: ``mpirun`` alone would leave the others waiting for it.
+def load_mpi() -> Any:
+    """The module ``mpi4py.MPI``; importing it initialises MPI.
 
-    A refused input (UserError) prints its message and ends the job with 2, anything else "rank N of M died" with its
-    traceback and 1. Does not return after an exception.
+    Raises:
+        LaunchError: mpi4py is missing or finds no MPI library.
     """
-    try:
-        yield
-    except Exception as error:  # whatever ends a rank is reported
-        code = report.print_failure(environment, error)
-        _load_mpi().COMM_WORLD.Abort(code)
-        os._exit(code)  # MPI allows an Abort that returns
-
-
-def _load_mpi() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -7,7 +7,7 @@ import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from megatron_slm.launch import mpi, report
@@ -32,7 +32,7 @@ def run_rank(environment: RankEnvironment, entry: Callable[[RankEnvironment], in
         os.set_inheritable(int(report_fd), False)
         run_and_report(environment, entry, int(report_fd))
     if environment.launcher == "mpi":
-        with mpi.abort_on_exception(environment):
+        with abort_on_exception(environment):
             return entry(environment)
     try:
         return entry(environment)
@@ -63,3 +63,18 @@ def run_and_report(environment: RankEnvironment, entry: Callable[[RankEnvironmen
         sys.stderr.flush()
     logging.shutdown()
     os._exit(ended.code & 0xFF)
+
+
+@contextlib.contextmanager
+def abort_on_exception(environment: RankEnvironment) -> Iterator[None]:
+    """End the whole MPI job when this rank fails: ``mpirun`` alone would leave the others waiting for it.
+
+    A refused input (UserError) prints its message and ends the job with 2, anything else "rank N of M died" with its
+    traceback and 1. Does not return after an exception.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever ends a rank is reported
+        code = report.print_failure(environment, error)
+        mpi.load_mpi().COMM_WORLD.Abort(code)
+        os._exit(code)  # MPI allows an Abort that returns

@@ -1,4 +1,4 @@
-"""The composition root: a resolved configuration becomes layout, groups, data, model, optimizer and hooks, and the loop runs.
+"""The composition root: a resolved configuration becomes layout, groups, data, model, optimizer, hooks; the loop runs.
 
 Read ``train`` first, top to bottom: it is the order in which things are built. The functions below it each build one
 part; a newcomer may skip them. This is the only file that knows all rooms.
@@ -103,7 +103,7 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
         inputs = pretrain.step_inputs(
             train_loader(config, data, groups), state.cursor, config.train.global_batch_size, bound
         )
-        hooks = build_hooks(resolved, data, state, plan, layout, directory, log)
+        hooks = build_hooks(resolved, data, plan, layout, directory, log)
         code = run_loop(
             state, plan, inputs, hooks, train_iters=config.train.train_iters, should_stop=stop_rule(config, stop)
         )
@@ -191,9 +191,7 @@ def build_state(
     return TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash)), reason
 
 
-def restore(
-    state: TrainState, config: RunConfig, directory: RunDirectory, layout: Layout, *, is_first: bool
-) -> str:
+def restore(state: TrainState, config: RunConfig, directory: RunDirectory, layout: Layout, *, is_first: bool) -> str:
     """Continue the run's newest checkpoint, else start from ``checkpoint.pretrained_checkpoint``, else from the seed.
 
     Returns:
@@ -287,7 +285,6 @@ def evaluation(
 def build_hooks(
     resolved: Resolved,
     data: Data,
-    state: TrainState,
     plan: StepPlan,
     layout: Layout,
     directory: RunDirectory,
@@ -304,8 +301,8 @@ def build_hooks(
             log.say("precision.fp64: no checkpoint is saved, because core stores optimizer states in fp32")
         return hooks
     save = partial(save_checkpoint, resolved=resolved, data=data, layout=layout, directory=directory)
-    saved_step = state.step if publish.latest(directory.checkpoints) is not None else -1
-    hooks.append(CheckpointHook(save, config.checkpoint.save_interval, saved_step, listeners=list(hooks)))
+    listeners = [hook for hook in hooks if hook is log]
+    hooks.append(CheckpointHook(save, config.checkpoint.save_interval, listeners))
     return hooks
 
 
@@ -371,7 +368,7 @@ def open_log(
 
 
 def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
-    """The lines a run begins with: what it is, how it is divided, why its kernels are what they are, where it starts."""
+    """What a run's log begins with: the model, how it is divided, why its kernels are what they are, where it starts."""
     degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
     log.say(f"{config.name}: {parameters(config.model, vocab_size):,} parameters, vocabulary {vocab_size:,}")
     log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")

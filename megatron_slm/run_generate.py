@@ -12,7 +12,9 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.config import ParallelConfig
 
 
-def generate(run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[str]:
+def generate(
+    run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int
+) -> Iterator[str]:
     """Pieces of text after ``prompt``. The checkpoint may have been saved under any layout.
 
     Args:

@@ -61,7 +61,10 @@ class SelfAttentionCore(nn.Module):
             out = self._attend(q, k, v)
         else:
             out = torch.cat(
-                [self._attend_documents(q[b : b + 1], k[b : b + 1], v[b : b + 1], attention_mask[b]) for b in range(len(q))]
+                [
+                    self._attend_documents(q[b : b + 1], k[b : b + 1], v[b : b + 1], attention_mask[b])
+                    for b in range(len(q))
+                ]
             )
         s, b = query.shape[:2]
         return out.permute(2, 0, 1, 3).reshape(s, b, -1)
@@ -83,7 +86,7 @@ class SelfAttentionCore(nn.Module):
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
-    """Attention with dropout where torch has no fused kernel for it: blocks of query rows, recomputed in the backward."""
+    """Attention with dropout where torch has no fused kernel: blocks of query rows, recomputed in the backward pass."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
 

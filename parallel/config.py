@@ -11,9 +11,13 @@ from megatron_slm.config.option import option
 class ParallelConfig:
     """The degrees of every axis. Changing this section never changes the numbers beyond reassociation."""
 
-    device: str = option("auto", "where tensors live; auto is cuda when a GPU is visible", choices=("auto", "cuda", "cpu"))
+    device: str = option(
+        "auto", "where tensors live; auto is cuda when a GPU is visible", choices=("auto", "cuda", "cpu")
+    )
     world_size: int | None = option(
-        None, "ranks of the whole job; default the launcher's, or one model replica when mslm starts the ranks", minimum=1
+        None,
+        "ranks of the whole job; default the launcher's, or one model replica when mslm starts the ranks",
+        minimum=1,
     )
     tensor_model_parallel_size: int = option(1, "ranks that share each matrix (tp)", minimum=1)
     pipeline_model_parallel_size: int = option(1, "ranks that share the layers (pp)", minimum=1)
@@ -23,16 +27,24 @@ class ParallelConfig:
     context_parallel_size: int = option(1, "ranks that share each sequence (cp)", minimum=1)
     expert_model_parallel_size: int = option(1, "ranks that share the experts (ep)", minimum=1)
     sequence_parallel: bool = option(False, "divide norms and dropouts over tp along the sequence")
-    account_for_embedding_in_pipeline_split: bool = option(False, "count the embedding as one layer of the pipeline split")
-    account_for_loss_in_pipeline_split: bool = option(False, "count the output layer and loss as one layer of the split")
+    account_for_embedding_in_pipeline_split: bool = option(
+        False, "count the embedding as one layer of the pipeline split"
+    )
+    account_for_loss_in_pipeline_split: bool = option(
+        False, "count the output layer and loss as one layer of the split"
+    )
     use_distributed_optimizer: bool = option(True, "divide master weights and moments over data-parallel ranks")
     overlap_grad_reduce: bool = option(True, "reduce gradients bucket by bucket during the backward pass")
     overlap_param_gather: bool = option(False, "gather parameters bucket by bucket during the forward pass")
-    ddp_bucket_size: int | None = option(None, "elements of one gradient bucket; default core's max(40M, 1M x dp)", minimum=1)
+    ddp_bucket_size: int | None = option(
+        None, "elements of one gradient bucket; default core's max(40M, 1M x dp)", minimum=1
+    )
     reduce_scatter_with_fp32_accumulation: bool = option(
         False, "sum gradients locally in fp32, in rank order: the result does not depend on the bucket layout"
     )
-    distributed_backend: str | None = option(None, "collectives; default nccl on cuda, gloo on cpu", choices=("nccl", "gloo"))
+    distributed_backend: str | None = option(
+        None, "collectives; default nccl on cuda, gloo on cpu", choices=("nccl", "gloo")
+    )
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer ends the run", minimum=0.01)
 
     @property

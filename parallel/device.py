@@ -70,9 +70,7 @@ SUBSTITUTIONS = (
     Substitution("torch.cuda.get_rng_state", "the RNG tracker stores generator states", "torch.get_rng_state"),
     Substitution("torch.cuda.device_count", "the checkpoint writer picks a device from it", "1"),
     Substitution("torch.cuda.set_device", "the checkpoint writer selects a device", "nothing"),
-    Substitution(
-        "tensor_parallel.random._get_cuda_rng_state", "reads the CUDA generator", "reads the CPU generator"
-    ),
+    Substitution("tensor_parallel.random._get_cuda_rng_state", "reads the CUDA generator", "reads the CPU generator"),
     Substitution("tensor_parallel.random._set_cuda_rng_state", "sets the CUDA generator", "sets the CPU generator"),
     Substitution(
         "tensor_parallel.random.CudaRNGStatesTracker.fork",
@@ -143,8 +141,8 @@ def choose_device(requested: str) -> str:
     if requested == "cuda" and not available:
         raise LaunchError(
             "parallel.device=cuda, but torch sees no GPU "
-            f"(torch {torch.__version__}, CUDA build {torch.version.cuda}); use parallel.device=cpu, or install a driver "
-            "and a CUDA build of torch"
+            f"(torch {torch.__version__}, CUDA build {torch.version.cuda}); use parallel.device=cpu, or install a "
+            "driver and a CUDA build of torch"
         )
     return "cuda" if requested != "cpu" and available else "cpu"
 
@@ -196,7 +194,7 @@ def preload(device: str = "cpu") -> None:
     Raises:
         LaunchError: the CPU environment holds Transformer Engine or a module named apex, which change core at import.
     """
-    # Core warns about missing optional packages and its own deprecations; what matters of it is a line of the run's log.
+    # Core warns of missing optional packages and its own deprecations; what matters of it is a line of the log.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(ShardedTensor|`torch\.distributed\.)")
     if device == "cuda":
@@ -257,7 +255,10 @@ def _substitute() -> None:
     DistributedOptimizer._copy_model_grads_to_main_grads = _keep_float64_gradients(
         DistributedOptimizer._copy_model_grads_to_main_grads
     )
-    for function in (LanguageModule.setup_embeddings_and_output_layer, DistributedOptimizer.get_parameter_state_dp_zero):
+    for function in (
+        LanguageModule.setup_embeddings_and_output_layer,
+        DistributedOptimizer.get_parameter_state_dp_zero,
+    ):
         _call_cpu_instead_of_cuda(function)
 
 
@@ -312,7 +313,9 @@ def _set_rng_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -
 @contextlib.contextmanager
 def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
     """``CudaRNGStatesTracker.fork`` over the one CPU generator; nested forks save the outer named state, as in core."""
-    assert name in tracker.states_, f"RNG state {name!r} is not one of {sorted(tracker.states_)}: seed the tracker first"
+    assert name in tracker.states_, (
+        f"RNG state {name!r} is not one of {sorted(tracker.states_)}: seed the tracker first"
+    )
     original_state = _get_rng_state()
     original_name = tracker._current_state_name
     if original_name != "default-rng":

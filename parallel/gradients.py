@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from megatron_slm.parallel.config import ParallelConfig
 
 def wrap(
     chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Any, *, reduce_in_fp32: bool
-) -> list[nn.Module]:
-    """Give every chunk core's gradient buffers. Order matters: after the weights exist, before the optimizer reads them.
+) -> list[DistributedDataParallel]:
+    """Give every chunk core's gradient buffers, after the weights exist and before the optimizer reads them.
 
     Args:
         reduce_in_fp32: half-precision parameters accumulate and reduce their gradients in fp32.
@@ -31,7 +31,7 @@ def wrap(
         reduce_scatter_with_fp32_accumulation=parallel.reduce_scatter_with_fp32_accumulation,
         check_for_nan_in_grad=False,  # core's check names only a rank; the loop checks the norm it already has
     )
-    wrapped: list[nn.Module] = [
+    wrapped = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp_config,
@@ -46,7 +46,7 @@ def wrap(
     return wrapped
 
 
-def _connect(chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, groups: Any) -> None:
+def _connect(chunks: Sequence[Any], config: TransformerConfig, parallel: ParallelConfig, groups: Any) -> None:
     """Tell the schedule how to skip, start and finish the reduction. Core reads these from the model's config."""
     config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
     if parallel.overlap_grad_reduce:
@@ -55,7 +55,7 @@ def _connect(chunks: list[nn.Module], config: TransformerConfig, parallel: Paral
 
 
 @contextlib.contextmanager
-def gathered_parameters(chunks: list[nn.Module]) -> Iterator[None]:
+def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
     """Full parameters for a while: an overlapped gather is finished now, and its hooks rest until training goes on."""
     overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapped:
@@ -67,13 +67,13 @@ def gathered_parameters(chunks: list[nn.Module]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
-def zero_gradients(chunks: list[nn.Module]) -> None:
+def zero_gradients(chunks: Sequence[Any]) -> None:
     """Clear the gradient buffers and the bookkeeping of which gradients have arrived."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
 
 
-def unwrap(chunk: nn.Module) -> Any:
+def unwrap(chunk: Any) -> Any:
     """The model inside core's gradient-buffer and half-precision wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module

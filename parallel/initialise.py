@@ -3,7 +3,7 @@
 Core draws them from a generator that is offset by tp and pp rank, so two layouts start from different models. Here each
 element has an address in core's sharded-tensor identity (key and global offset, the one checkpoints use), and its value
 is read from a counter-based stream at that address: TP1, TP2, PP2, VPP2 and DP2 start from the same global weights.
-Streams: Philox-4x64-10 (Salmon et al., SC'11), keyed by BLAKE2b of seed and name; normals by the inverse error function.
+Streams: Philox-4x64-10 (Salmon et al., SC'11), keyed by BLAKE2b of seed and name; normals by inverse error function.
 """
 
 from __future__ import annotations

@@ -35,4 +35,3 @@ class Norm(nn.Module):
         if self.centered:
             return F.layer_norm(x, (self.hidden_size,), self.weight, self.bias, self.eps)
         return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)
-

@@ -30,7 +30,11 @@ def choose_spec(device: str, *, packed_documents: bool) -> tuple[ModuleSpec, Any
     if device == "cuda" and importlib.util.find_spec("transformer_engine") is not None:
         spec, norm = transformer_engine_spec(packed_documents)
         attention = "our SDPA attention, which reads packed documents" if packed_documents else "TE's attention"
-        return spec, norm, f"layers: Transformer Engine's linears and norms with {attention}, because it can be imported"
+        return (
+            spec,
+            norm,
+            f"layers: Transformer Engine's linears and norms with {attention}, because it can be imported",
+        )
     why = "Transformer Engine is not installed" if device == "cuda" else "Transformer Engine needs CUDA"
     return local_spec(), Norm, f"layers: core's parallel linears, our norm and SDPA attention, because {why}"
 

@@ -71,7 +71,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_output.to(grad_hidden.dtype)
         return grad_hidden * scale, grad_weight * scale, None, None, None, None

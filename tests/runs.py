@@ -106,9 +106,7 @@ def _contents(checkpoint: str) -> dict[str, Any]:
     path = Path(checkpoint)
     found: dict[str, Any] = dict(dist_checkpointing.load_plain_tensors(checkpoint))
     ranks = json.loads((path / "state.json").read_text())["layout"]["world_size"]
-    random = {
-        f"random {rank}": ShardedObject("random", None, (ranks,), (rank,), replica_id=0) for rank in range(ranks)
-    }
+    random = {f"random {rank}": ShardedObject("random", None, (ranks,), (rank,), replica_id=0) for rank in range(ranks)}
     found |= dist_checkpointing.load(random, checkpoint, validate_access_integrity=False)
     found["common"] = torch.load(path / "common.pt", weights_only=False)
     found["state"] = json.loads((path / "state.json").read_text())

@@ -1,7 +1,7 @@
 """Writes docs/config.md, the list of every configuration key, from the dataclasses themselves.
 
-Run it after changing a section: ``python tools/config_reference.py``. ``--check`` writes nothing and ends with exit code 1
-if the committed page is out of date.
+Run it after changing a section: ``python tools/config_reference.py``. ``--check`` writes nothing and ends with exit
+code 1 if the committed page is out of date.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ INTRODUCTION = """\
 A configuration is a YAML file of the sections below. Every value can also be given on the command line, as
 `section.key=value` or as Megatron's flag, in any order; abbreviations are not accepted. Precedence: defaults < preset <
 file < command line. `runs/NAME/provenance.json` keeps the source of every value of a run. A boolean flag takes no value
-(`--bf16`, `--no-bf16`); a list is written `[a, b]` in a file and `a,b` on the command line; `null` unsets an optional key.
-`mslm check CONFIG` lists every rule that a configuration violates.
+(`--bf16`, `--no-bf16`); a list is written `[a, b]` in a file and `a,b` on the command line; `null` unsets an optional
+key. `mslm check CONFIG` lists every rule that a configuration violates.
 """
 
 

@@ -1,4 +1,4 @@
-"""The demo behind ``make demo``: real text, a tokenizer, a small model on four ranks, held-out text, a plot and a sample.
+"""The demo behind ``make demo``: real text, a tokenizer, a small model on four ranks, held-out loss, a plot, a sample.
 
 Every command is printed as a user would type it. Takes a few minutes on two cores and works twice in a row: text and
 corpus are kept, the run begins anew and the one before is moved aside.
@@ -35,7 +35,9 @@ def main() -> int:
         mslm, "data", "prepare", str(TEXT), "--output", str(CORPUS), "--vocab-size", "4096",
         "--licence", "public domain", quiet=True,
     )  # fmt: skip
-    run("3/5 training on four ranks: TP2 x PP2, sequence parallel", mslm, "train", "examples/kjv/config.yaml", "--fresh")
+    run(
+        "3/5 training on four ranks: TP2 x PP2, sequence parallel", mslm, "train", "examples/kjv/config.yaml", "--fresh"
+    )
     run("4/5 loss plot", str(python), "tools/plot_loss.py", str(RUN), "--output", str(RUN / "loss.png"))
     sample = run(
         "5/5 a sample",

@@ -44,12 +44,16 @@ def _corpus(facts: Facts) -> Iterator[str]:
     try:
         tokens = int(json.loads(index.read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{cited} is damaged: {index} cannot be read ({error!r}). Make it again with `{_PREPARE.format(path=path)}`."
+        yield (
+            f"{cited} is damaged: {index} cannot be read ({error!r}). "
+            f"Make it again with `{_PREPARE.format(path=path)}`."
+        )
         return
     if tokens > (facts.config.model.vocab_size or tokens):
         yield (
-            f"{facts.cite('model.vocab_size', 'data.data_path')}: the corpus's tokenizer has {tokens} entries, more than "
-            f"the model. Set model.vocab_size={tokens}, leave it out, or prepare the corpus with the model's tokenizer."
+            f"{facts.cite('model.vocab_size', 'data.data_path')}: the corpus's tokenizer has {tokens} entries, more "
+            f"than the model. Set model.vocab_size={tokens}, leave it out, or prepare the corpus with the model's "
+            "tokenizer."
         )
 
 

@@ -14,7 +14,9 @@ class DataConfig:
     data_path: str | None = option(None, "prepared corpus: a directory holding train/, valid/ and tokenizer/")
     reset_attention_mask: bool = option(False, "tokens attend to their own document only")
     reset_position_ids: bool = option(False, "positions restart at 0 with every document")
-    eod_mask_loss: bool = option(False, "no loss on what follows an end-of-document token, the start of an unrelated document")
+    eod_mask_loss: bool = option(
+        False, "no loss on what follows an end-of-document token, the start of an unrelated document"
+    )
     data_seed: int | None = option(None, "seed of the sample order; default train.seed", minimum=0)
 
 

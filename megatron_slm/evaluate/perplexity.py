@@ -46,9 +46,7 @@ def held_out(
         chunk.eval()
     with torch.no_grad(), gathered_parameters(chunks):
         for micro_batches in steps:
-            logged = run_schedule(
-                chunks, micro_batches, loss, forward_only=True, seq_length=seq_length, groups=groups
-            )
+            logged = run_schedule(chunks, micro_batches, loss, forward_only=True, seq_length=seq_length, groups=groups)
             for entry in logged:
                 total += entry["lm loss"]
     for chunk in chunks:

@@ -20,14 +20,19 @@ class ModelConfig:
     num_query_groups: int | None = option(
         None, "key/value heads (grouped-query attention); default num_attention_heads", minimum=1
     )
-    kv_channels: int | None = option(None, "dimension of one head; default hidden_size / num_attention_heads", minimum=1)
+    kv_channels: int | None = option(
+        None, "dimension of one head; default hidden_size / num_attention_heads", minimum=1
+    )
     seq_length: int = option(256, "tokens in one training sample", minimum=1)
     max_position_embeddings: int | None = option(
         None, "longest sequence the positions are defined for; default seq_length", minimum=1
     )
-    vocab_size: int | None = option(None, "entries of the vocabulary before padding; default the tokenizer's", minimum=1)
+    vocab_size: int | None = option(
+        None, "entries of the vocabulary before padding; default the tokenizer's", minimum=1
+    )
     make_vocab_size_divisible_by: int = option(
-        128, "the embedding has a multiple of this many rows, whatever the layout; padding rows never enter the loss",
+        128,
+        "the embedding has a multiple of this many rows, whatever the layout; padding rows never enter the loss",
         minimum=1,
     )
     position_embedding_type: str = option("rope", "how positions enter", choices=("rope", "learned_absolute", "none"))
@@ -46,7 +51,9 @@ class ModelConfig:
     hidden_dropout: float = option(0.0, "dropout after attention, MLP and embedding", minimum=0.0, maximum=1.0)
     init_method_std: float = option(0.02, "standard deviation of initial weights", minimum=0.0)
     mup_base_hidden_size: int | None = option(
-        None, "width at which init_method_std and lr were tuned: hidden matrices are scaled to hidden_size by muP", minimum=1
+        None,
+        "width at which init_method_std and lr were tuned: hidden matrices are scaled to hidden_size by muP",
+        minimum=1,
     )
 
     @property

@@ -35,7 +35,7 @@ def transformer_config(
         add_qkv_bias=model.add_qkv_bias,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
-        # Core marks a weight as divided over tp only while it initialises it, and the gradient norm counts by that mark.
+        # Core marks a weight as divided over tp only while it initialises it; the gradient norm counts by that mark.
         # So core "initialises" with nothing and parallel/initialise.py writes the values, independent of the layout.
         perform_initialization=True,
         use_cpu_initialization=False,

@@ -33,7 +33,7 @@ class OutputLayer(ColumnParallelLinear):
     The loss must run inside this module's ``forward``: core waits for an overlapped parameter gather in its pre-hook.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         weight: Tensor | None = None,
@@ -43,7 +43,7 @@ class OutputLayer(ColumnParallelLinear):
         loss_mask: Tensor | None = None,
         vocab_size: int = 0,
     ) -> Any:
-        """hidden [S(/tp), B, H] -> core's (logits [S, B, V/tp], bias); with labels and loss_mask [B, S], the summed loss."""
+        """hidden [S(/tp), B, H] -> (logits [S, B, V/tp], bias); with labels and loss_mask [B, S] the summed loss."""
         if labels is None or loss_mask is None:
             return super().forward(hidden, weight, runtime_gather_output)
         if self.sequence_parallel:

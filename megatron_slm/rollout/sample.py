@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. ``temperature`` 0 takes the likeliest; the draw depends on (seed, position) only."""
+    """How the next token is chosen. ``temperature`` 0 takes the likeliest; the draw depends on (seed, position)."""
 
     max_new_tokens: int = 100
     temperature: float = 0.8

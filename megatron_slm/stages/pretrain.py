@@ -41,6 +41,4 @@ def loss(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on ``device`` but those the host reads."""
-    return {
-        name: tensor if name in ON_HOST else tensor.to(device, non_blocking=True) for name, tensor in batch.items()
-    }
+    return {name: tensor if name in ON_HOST else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -95,7 +95,11 @@ def save(
     temporary = Path(shared[0])
     payload = {**_model_and_optimizer(chunks, optimizer, is_loading=False), "random": _random_object(random.capture())}
     dist_checkpointing.save(
-        payload, str(temporary), sharded_strategy=ThreadedSave(), validate_access_integrity=False, content_metadata=_content()
+        payload,
+        str(temporary),
+        sharded_strategy=ThreadedSave(),
+        validate_access_integrity=False,
+        content_metadata=_content(),
     )
     dist.barrier()
     final = publish.checkpoint_path(directory, state.step)
@@ -124,7 +128,9 @@ def read_state(path: Path) -> SavedState:
             )
         return SavedState(**fields)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a checkpoint: {file.name} is missing; name an iter_NNNNNNN directory") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint: {file.name} is missing; name an iter_NNNNNNN directory"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); choose another checkpoint") from error
 
@@ -193,7 +199,9 @@ def _content() -> dict[str, Any]:
 def _models(chunks: list[nn.Module]) -> dict[str, Any]:
     """Sharded state of every chunk. Keys inside are global names, so chunks of another layout find theirs."""
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    return {name: unwrap(chunk).sharded_state_dict(metadata=_content()) for name, chunk in zip(names, chunks, strict=True)}
+    return {
+        name: unwrap(chunk).sharded_state_dict(metadata=_content()) for name, chunk in zip(names, chunks, strict=True)
+    }
 
 
 def _model_and_optimizer(chunks: list[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
@@ -221,4 +229,3 @@ def _read(request: dict[str, Any], path: Path) -> dict[str, Any]:
 def _load_chunks(loaded: dict[str, Any], chunks: list[nn.Module]) -> None:
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
-

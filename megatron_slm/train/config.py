@@ -16,14 +16,26 @@ class TrainConfig:
     train_iters: int = option(100, "optimizer steps of the whole run", minimum=0)
     seed: int = option(1234, "seed of initialisation, dropout and (by default) sample order", minimum=0)
     eval_interval: int | None = option(None, "steps between validations; default only at the end", minimum=1)
-    eval_iters: int = option(8, "global batches of one validation, the same samples each time; 0 switches it off", minimum=0)
-    exit_interval: int | None = option(None, "save and stop, exit code 75, when the step is a multiple of this", minimum=1)
-    exit_duration_in_mins: float | None = option(None, "save and stop, exit code 75, after this many minutes", minimum=0.0)
-    recompute_granularity: str | None = option(
-        None, "recompute activations in the backward pass: whole layers, or chosen modules", choices=("full", "selective")
+    eval_iters: int = option(
+        8, "global batches of one validation, the same samples each time; 0 switches it off", minimum=0
     )
-    recompute_method: str | None = option(None, "which layers recompute_granularity=full takes", choices=("uniform", "block"))
-    recompute_num_layers: int | None = option(None, "layers of one recomputed unit (uniform) or of each chunk (block)", minimum=1)
+    exit_interval: int | None = option(
+        None, "save and stop, exit code 75, when the step is a multiple of this", minimum=1
+    )
+    exit_duration_in_mins: float | None = option(
+        None, "save and stop, exit code 75, after this many minutes", minimum=0.0
+    )
+    recompute_granularity: str | None = option(
+        None,
+        "recompute activations in the backward pass: whole layers, or chosen modules",
+        choices=("full", "selective"),
+    )
+    recompute_method: str | None = option(
+        None, "which layers recompute_granularity=full takes", choices=("uniform", "block")
+    )
+    recompute_num_layers: int | None = option(
+        None, "layers of one recomputed unit (uniform) or of each chunk (block)", minimum=1
+    )
     recompute_modules: tuple[str, ...] = option(("core_attn",), "modules recompute_granularity=selective takes")
 
 
@@ -47,7 +59,9 @@ class OptimizerConfig:
 
     lr: float = option(3e-4, "peak learning rate", minimum=0.0)
     min_lr: float = option(0.0, "learning rate at the end of the decay", minimum=0.0)
-    weight_decay: float = option(0.1, "decoupled decay of matrices; norms, biases and embeddings' 1-D parameters have none", minimum=0.0)
+    weight_decay: float = option(
+        0.1, "decoupled decay of matrices; norms, biases and embeddings' 1-D parameters have none", minimum=0.0
+    )
     adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
     adam_beta2: float = option(0.95, "decay of the second moment", minimum=0.0, maximum=1.0)
     adam_eps: float = option(1e-8, "added to the root of the second moment", minimum=0.0)

@@ -45,25 +45,28 @@ class CheckpointHook(Hook):
 
     Args:
         save: collective; writes, publishes and returns the checkpoint's directory.
-        saved_step: of the checkpoint the run came from, -1 without one; the same step is not saved again.
         listeners: told of every save.
     """
 
     save: Callable[[TrainState], Path]
     interval: int | None
-    saved_step: int
     listeners: Sequence[Hook] = ()
+    _saved: int = field(default=-1, init=False)
+
+    def before_run(self, state: TrainState) -> None:
+        # A run that begins after a step came from the checkpoint of that step: it needs no second one.
+        self._saved = state.step or -1
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         if self.interval and state.step % self.interval == 0:
             self._save(state)
 
     def after_run(self, state: TrainState, code: int) -> None:
-        if state.step != self.saved_step:
+        if state.step != self._saved:
             self._save(state)
 
     def _save(self, state: TrainState) -> None:
         path = self.save(state)
-        self.saved_step = state.step
+        self._saved = state.step
         for hook in self.listeners:
             hook.after_save(state, path)

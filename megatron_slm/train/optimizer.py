@@ -13,7 +13,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
-from torch import nn
 
 from megatron_slm.model.gpt import HIDDEN_MATRICES
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
@@ -28,7 +27,7 @@ class Update:
 
 
 def build_optimizer(
-    chunks: list[nn.Module],
+    chunks: list[Any],
     optimizer: OptimizerConfig,
     precision: PrecisionConfig,
     groups: Any,

@@ -1,4 +1,4 @@
-"""AdamW's moments and step counters: created before they are saved, and put back as they were, whatever core does to them."""
+"""AdamW's moments and step counters: created before a save, and put back as they were, whatever core does to them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,12 @@ def train_step(
     zero_gradients(state.chunks)
     state.optimizer.zero_grad()
     logged = run_schedule(
-        state.chunks, inputs.micro_batches, plan.loss, forward_only=False, seq_length=plan.seq_length, groups=plan.groups
+        state.chunks,
+        inputs.micro_batches,
+        plan.loss,
+        forward_only=False,
+        seq_length=plan.seq_length,
+        groups=plan.groups,
     )
     device_seam.synchronize(plan.device.type)
     computed = time.perf_counter()

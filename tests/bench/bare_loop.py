@@ -1,8 +1,8 @@
 """The yardstick: core's own modules, schedule and optimizer in the shortest loop that trains, and nothing else.
 
 No corpus, no log, no digests, no validation, no checkpoint, no agreement on stopping; tokens come from memory.
-Under torchrun it is the yardstick of ``startup.py``; it then imports core as core's users do, and says when its first step
-has ended.
+Under torchrun it is the yardstick of ``startup.py``; it then imports core as core's users do, and says when its
+first step has ended.
 """
 
 from __future__ import annotations

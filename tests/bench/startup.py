@@ -1,8 +1,8 @@
 """Start-up: from typing the command to the end of step 1 with four ranks, TP2 x PP2.
 
 ``mslm train`` imports torch and core once and forks its ranks; the yardstick is the shortest loop over core under
-torchrun, with core's plain imports (``bare_loop.py``). Both train the same model; ``mslm`` also opens its corpus, writes
-its run directory and its log. Runs alternate; the ratio is the median of paired ratios.
+torchrun, with core's plain imports (``bare_loop.py``). Both train the same model; ``mslm`` also opens its corpus,
+writes its run directory and its log. Runs alternate; the ratio is the median of paired ratios.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ def main() -> None:
         shutil.rmtree(directory)
     ratio = statistics.median(ours / theirs for ours, theirs in rows)
     result = {"benchmark": "startup", "ratio": round(ratio, 4), "bar": "<= 0.5", "pairs": pairs}
-    print(json.dumps({**result, "mslm_s": statistics.median(r[0] for r in rows), "bare_s": statistics.median(r[1] for r in rows)}))
+    print(
+        json.dumps(
+            {**result, "mslm_s": statistics.median(r[0] for r in rows), "bare_s": statistics.median(r[1] for r in rows)}
+        )
+    )
 
 
 if __name__ == "__main__":

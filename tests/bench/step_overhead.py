@@ -1,8 +1,8 @@
 """What the framework costs a step: tokens/s of the training loop with logging and digests on, against a bare loop.
 
 Both train the same core modules (4 layers, hidden 256, S 512, TP2, fp32) in the same two processes: the loop of
-``mslm train`` (data from a memory-mapped corpus, order and rolling digest, console line, metrics, TensorBoard, agreement
-on stopping), and ``bare_loop.py`` (tokens from memory, nothing else). Steps alternate, in both orders; the ratio
+``mslm train`` (data from a memory-mapped corpus, order and rolling digest, console line, metrics, TensorBoard,
+agreement on stopping), and ``bare_loop.py`` (tokens from memory, nothing else). Steps alternate, in both orders; the ratio
 is the median of paired ratios. 1.0 means the framework costs nothing.
 """
 
@@ -73,7 +73,9 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
         state, _ = run.build_state(config, data, groups, torch.device("cpu"), bare_loop.VOCAB)
         log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, 0) if environment.rank == 1 else None
         plan = run.step_plan(config, groups, torch.device("cpu"))
-        inputs = run.pretrain.step_inputs(run.train_loader(config, data, groups), state.cursor, GLOBAL_BATCH, plan.device)
+        inputs = run.pretrain.step_inputs(
+            run.train_loader(config, data, groups), state.cursor, GLOBAL_BATCH, plan.device
+        )
 
         class OpenLog(Hook):
             """The log of a run; only its end is left out, because the next block goes on writing."""
@@ -134,7 +136,10 @@ def main() -> None:
     try:
         corpus = prepare_corpus(directory, bare_loop.VOCAB)
         code = run_local(
-            2, partial(rank, corpus=corpus, directory=directory, blocks=blocks), preload=partial(preload, "cpu"), warm=True
+            2,
+            partial(rank, corpus=corpus, directory=directory, blocks=blocks),
+            preload=partial(preload, "cpu"),
+            warm=True,
         )
         if code:
             raise SystemExit(code)
