@@ -4,6 +4,7 @@
 #   make bench   every benchmark in full; writes docs/benchmarks.md
 #   make lint    ruff and mypy alone
 #   make clean   remove the environment and the caches; runs/ is kept
+#   make help    this text
 # Another interpreter: make PYTHON=python3.11 test. torch's CUDA or CPU build by choice: make MSLM_TORCH=cuda test.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 
 export PYTHON
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint clean environment
+.PHONY: demo test bench lint clean environment help
 
 demo: $(STAMP)
 	$(BIN)/python examples/kjv/demo.py
@@ -30,6 +31,9 @@ lint: $(STAMP)
 	$(BIN)/mypy -p megatron_slm
 
 environment: $(STAMP)
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): setup.py constraints.txt tools/setup_environment.sh
 	tools/setup_environment.sh $(VENV)

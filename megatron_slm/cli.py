@@ -290,6 +290,10 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], *, fresh: bool) -> 
 
 def _train_rank(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) -> int:
     """The work of one rank."""
+    from megatron_slm.parallel.device import choose_device, preload
+
+    # Core must fit the device before any of our modules takes a name out of it.
+    preload(choose_device(resolved.config.parallel.device))
     from megatron_slm import run
 
     return run.train(resolved, environment, fresh=fresh)

@@ -368,7 +368,7 @@ def open_log(
 
 
 def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
-    """What a run's log begins with: the model, how it is divided, why its kernels are what they are, where it starts."""
+    """How a run's log begins: the model, how it is divided, why its kernels are what they are, where it starts."""
     degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
     log.say(f"{config.name}: {parameters(config.model, vocab_size):,} parameters, vocabulary {vocab_size:,}")
     log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")

@@ -42,9 +42,10 @@ torch=$(sed -n 's/^torch==//p' constraints.txt)
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
 installed=$("$venv/bin/python" -c 'from importlib import metadata; print(metadata.version("torch"))' 2> /dev/null || true)
-# Fetched by itself, so that nothing else is looked for at the second address, which may be out of reach.
+# Fetched by itself, so that nothing else is looked for at the second address, which may be out of reach: half a minute
+# is the most that it may then cost.
 if [ "$build" = cpu ] && [ "${installed%%+*}" != "$torch" ] && ! "${pip[@]}" download --quiet --no-deps --retries 1 \
-    -d "$wheels" --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"; then
+    --timeout 15 -d "$wheels" --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"; then
     echo "torch $torch has no CPU build for Python $version here: the default build follows, several GB." >&2
 fi
 

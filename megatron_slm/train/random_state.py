@@ -6,8 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_rng_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed, random as core_random
 
 
 class RandomState:
@@ -34,12 +33,12 @@ class RandomState:
         """All generator states, to be stored."""
         return {
             "torch": torch.get_rng_state(),
-            "device": _get_cuda_rng_state(),
+            "device": core_random._get_cuda_rng_state(),
             "tracker": get_cuda_rng_tracker().get_states(),
         }
 
     def restore(self, states: dict[str, Any]) -> None:
         """Continue all streams where ``capture`` found them."""
         torch.set_rng_state(states["torch"])
-        _set_cuda_rng_state(states["device"])
+        core_random._set_cuda_rng_state(states["device"])
         get_cuda_rng_tracker().set_states(states["tracker"])

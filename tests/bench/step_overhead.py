@@ -2,8 +2,8 @@
 
 Both train the same core modules (4 layers, hidden 256, S 512, TP2, fp32) in the same two processes: the loop of
 ``mslm train`` (data from a memory-mapped corpus, order and rolling digest, console line, metrics, TensorBoard,
-agreement on stopping), and ``bare_loop.py`` (tokens from memory, nothing else). Steps alternate, in both orders; the ratio
-is the median of paired ratios. 1.0 means the framework costs nothing.
+agreement on stopping), and ``bare_loop.py`` (tokens from memory, nothing else). Steps alternate, in both orders; the
+ratio is the median of paired ratios. 1.0 means the framework costs nothing.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def overrides(corpus: Path, runs: Path) -> list[str]:
 
 def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: int) -> int:
     """One rank: build both loops, alternate them, and let rank 0 write the times."""
+    import torch
     import torch.distributed as dist
 
     from megatron_slm import run
@@ -68,8 +69,6 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
     with process_groups(
         config.parallel, device="cpu", rank=environment.rank, world_size=environment.world_size, master=master
     ) as groups:
-        import torch
-
         state, _ = run.build_state(config, data, groups, torch.device("cpu"), bare_loop.VOCAB)
         log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, 0) if environment.rank == 1 else None
         plan = run.step_plan(config, groups, torch.device("cpu"))
