@@ -1,6 +1,6 @@
 """One GPU: ``mslm train`` of a 1B-class preset on packed real text; tokens/s, MFU and peak memory.
 
-bf16, fp32 master weights and gradients, SDPA attention, no Transformer Engine needed. Without a GPU it says so and ends.
+bf16, fp32 master weights and gradients, SDPA attention, no Transformer Engine needed. Without a GPU it says so.
 """
 
 from __future__ import annotations
