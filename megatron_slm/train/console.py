@@ -67,7 +67,8 @@ def iteration_line(results: Sequence[StepResult], *, train_iters: int, tflops_pe
     line = f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {last.step:8d}/{train_iters:8d} |"
     line += f" consumed samples: {last.consumed_samples:12d} |"
     line += f" elapsed time per iteration (ms): {milliseconds:.1f} |"
-    line += f" throughput per GPU (TFLOP/s/GPU): {tflops_per_second:.1f} |"
+    # One decimal is Megatron's; a CPU rank would read 0.0 with it.
+    line += f" throughput per GPU (TFLOP/s/GPU): {tflops_per_second:.{1 if tflops_per_second >= 1 else 4}f} |"
     line += f" learning rate: {last.learning_rate:.6E} |"
     line += f" global batch size: {last.batch_size:5d} |"
     if finite:

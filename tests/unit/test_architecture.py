@@ -350,3 +350,9 @@ BAD = {
 def test_each_rule_can_fail(case: str) -> None:
     check, name, source = BAD[case]
     assert len(list(check(Module(name, Path("x.py"), ast.parse(source), len(source.splitlines()))))) == 1
+
+
+def test_the_distributed_tests_are_here_and_collected(pytestconfig: pytest.Config) -> None:
+    """Both pytest and the usual ignore lists pass over folders named dist."""
+    assert "dist" not in pytestconfig.getini("norecursedirs")
+    assert len(list((ROOT / "tests" / "dist").glob("test_*.py"))) > 5
