@@ -56,7 +56,7 @@ class Data:
     """The corpus of a run: both splits, the tokenizer they were made with, and the order of training."""
 
     train: Corpus
-    valid: Corpus
+    valid: Corpus | None
     tokenizer: Tokenizer
     tokenizer_directory: Path
     order: SampleOrder
@@ -84,6 +84,7 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     directory = RunDirectory(Path(config.log.runs_dir) / str(config.name))
     if environment.rank == 0:
+        verify_pretrained(config)
         prepare_directory(resolved, data, environment, device, fresh=fresh)
 
     master = (environment.master_addr, environment.master_port)
@@ -119,7 +120,8 @@ def open_data(config: RunConfig) -> Data:
     """
     assert config.data.data_path is not None, "config/files.py refuses a run without data.data_path"
     path = Path(config.data.data_path)
-    train, valid = Corpus.open(path / "train"), Corpus.open(path / "valid")
+    train = Corpus.open(path / "train")
+    valid = Corpus.open(path / "valid") if config.train.eval_iters else None
     model = Path(config.tokenizer.tokenizer_model or path / "tokenizer" / "tokenizer.model")
     tokenizer = Tokenizer.open(model, expected_hash=train.tokenizer_hash)
     seed = config.train.seed if config.data.data_seed is None else config.data.data_seed
@@ -138,6 +140,18 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
         },
         "seed": config.train.seed,
     }
+
+
+def verify_pretrained(config: RunConfig) -> None:
+    """Read the weights' checkpoint once, before the run's directory exists.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if config.checkpoint.pretrained_checkpoint is not None:
+        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
+        checkpoint.read_state(source)
+        publish.verify(source)
 
 
 def prepare_directory(
@@ -212,8 +226,6 @@ def restore(state: TrainState, config: RunConfig, directory: RunDirectory, layou
         return f"resumed {latest} at step {saved.step}"
     if config.checkpoint.pretrained_checkpoint is not None:
         source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
-        if is_first:
-            publish.verify(source)
         checkpoint.load_weights(source, state.chunks, state.optimizer)
         return f"weights from {source}; new optimizer, step 0"
     return f"new run from seed {config.train.seed}"
@@ -254,6 +266,7 @@ def evaluation(
     config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
 ) -> Callable[[TrainState], None]:
     """A function that evaluates the held-out samples, the same ones each time, and reports the loss."""
+    assert data.valid is not None, "open_data opens the held-out split wherever eval_iters is not 0"
     loader = ValidLoader(
         data.valid,
         config=config.data,

@@ -27,7 +27,7 @@ class Task:
     model: ModelConfig = SMALL
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig(fp64=True)
-    train: TrainConfig = TrainConfig(micro_batch_size=1, global_batch_size=8)
+    train: TrainConfig = TrainConfig(micro_batch_size=1, global_batch_size=4)
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     iters: int = 20
     packed: bool = False

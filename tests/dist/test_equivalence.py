@@ -97,12 +97,12 @@ def test_packed_documents_equal_one_rank(layout: str) -> None:
 
 
 RECOMPUTE = {
-    "selective": TrainConfig(global_batch_size=8, recompute_granularity="selective"),
+    "selective": TrainConfig(global_batch_size=4, recompute_granularity="selective"),
     "full-uniform": TrainConfig(
-        global_batch_size=8, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        global_batch_size=4, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
     ),
     "full-block": TrainConfig(
-        global_batch_size=8, recompute_granularity="full", recompute_method="block", recompute_num_layers=1
+        global_batch_size=4, recompute_granularity="full", recompute_method="block", recompute_num_layers=1
     ),
 }
 
@@ -119,7 +119,7 @@ def test_recompute_changes_nothing(recompute: str) -> None:
 
 def test_micro_batch_size_changes_nothing() -> None:
     task = replace(LLAMA, iters=5)
-    larger = replace(task, train=TrainConfig(micro_batch_size=4, global_batch_size=8))
+    larger = replace(task, train=TrainConfig(micro_batch_size=4, global_batch_size=4))
     found, expected = outcome(larger, 1), one_rank(task)
     assert found.losses == pytest.approx(expected.losses, rel=1e-9, abs=0)
 
