@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import textwrap
@@ -66,7 +67,7 @@ def train(name: str, tokens: Sequence[str]) -> int:
 
 
 def check(name: str, tokens: Sequence[str]) -> int:
-    """``mslm check``: every violated rule at once, without torch."""
+    """``mslm check``: every refused value and violated rule at once, without torch."""
     parser = _parser(
         name,
         "[CONFIG] [key=value | --flag ...] [--skip-files]",
@@ -77,11 +78,18 @@ def check(name: str, tokens: Sequence[str]) -> int:
     )
     parser.add_argument("--skip-files", action="store_true", help="do not look for the corpus and other input files")
     own, rest = parser.parse_known_args(tokens)
-    resolved = _resolve(rest)
+    from megatron_slm.config.load import examine
+
+    resolved, problems = examine(*_sources(rest))
     found = _violations(resolved, None, files=not own.skip_files)
-    if found:
-        print("\n".join(found), file=sys.stderr)
-        print(f"{len(found)} rule{'s' * (len(found) > 1)} violated", file=sys.stderr)
+    if problems or found:
+        counts = []
+        if problems:
+            counts.append(f"{len(problems)} problem{'s' * (len(problems) > 1)} in keys and values")
+        if found:
+            left_out = ", with those keys as if they were not given" if problems else ""
+            counts.append(f"{len(found)} rule{'s' * (len(found) > 1)} violated{left_out}")
+        print("\n".join([*problems, *found, "; ".join(counts)]), file=sys.stderr)
         return EXIT_REFUSED
     print(_summary(resolved))
     return EXIT_OK
@@ -102,14 +110,15 @@ def generate(name: str, tokens: Sequence[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
     own = parser.parse_args(tokens)
-    if own.max_new_tokens < 1 or own.temperature < 0 or own.top_k < 1:
+    if own.max_new_tokens < 1 or own.top_k < 1 or not 0 <= own.temperature < math.inf:  # nan is refused too
         raise ConfigError(
             f"--max-new-tokens {own.max_new_tokens} and --top-k {own.top_k} must be at least 1, --temperature "
-            f"{own.temperature} at least 0."
+            f"{own.temperature} at least 0 and finite."
         )
     from megatron_slm.run_generate import generate as pieces
 
-    print(own.prompt, end="", flush=True)
+    # The prompt is printed with the first piece: a refusal stands alone.
+    unprinted = own.prompt
     for piece in pieces(
         own.run,
         own.prompt,
@@ -118,8 +127,9 @@ def generate(name: str, tokens: Sequence[str]) -> int:
         top_k=own.top_k,
         seed=own.seed,
     ):
-        print(piece, end="", flush=True)
-    print()
+        print(unprinted + piece, end="", flush=True)
+        unprinted = ""
+    print(unprinted)
     return EXIT_OK
 
 
@@ -235,8 +245,14 @@ def _verb(tokens: Sequence[str]) -> str:
 
 def _resolve(tokens: Sequence[str]) -> Resolved:
     """The configuration that ``[CONFIG] [overrides]`` describes."""
-    from megatron_slm.config import flags
     from megatron_slm.config.load import load
+
+    return load(*_sources(tokens))
+
+
+def _sources(tokens: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """``[CONFIG] [overrides]`` -> the file, if one is named, and the overrides."""
+    from megatron_slm.config import flags
 
     typed = flags.read(tokens)
     if len(typed.positionals) > 1:
@@ -244,7 +260,7 @@ def _resolve(tokens: Sequence[str]) -> Resolved:
             f"One CONFIG is read, but {len(typed.positionals)} were given: {', '.join(typed.positionals)}. Values are "
             "written key=value or --flag value."
         )
-    return load(Path(typed.positionals[0]) if typed.positionals else None, typed.overrides)
+    return Path(typed.positionals[0]) if typed.positionals else None, typed.overrides
 
 
 def _violations(resolved: Resolved, world_size: int | None, *, files: bool) -> list[str]:

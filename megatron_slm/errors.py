@@ -21,5 +21,11 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class NonFiniteError(UserError):
+    """Training has produced NaN or infinity; the run ends before anything of it is saved."""
+
+    exit_code = 1
+
+
 class LaunchError(UserError):
     """The ranks cannot be started as asked."""

@@ -7,7 +7,8 @@ part; a newcomer may skip them. This is the only file that knows all rooms.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,11 @@ from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.cursor import Cursor, check_resume
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader, ValidLoader
 from megatron_slm.data.order import SampleOrder
 from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.errors import DataError
 from megatron_slm.evaluate.perplexity import held_out
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
@@ -36,7 +38,7 @@ from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.specs import choose_spec
 from megatron_slm.stages import pretrain
-from megatron_slm.train import checkpoint, publish, run_directory
+from megatron_slm.train import checkpoint, run_directory
 from megatron_slm.train.hook import Hook
 from megatron_slm.train.hooks import CheckpointHook, ValidationHook
 from megatron_slm.train.loop import run_loop
@@ -45,10 +47,13 @@ from megatron_slm.train.metrics import Throughput
 from megatron_slm.train.metrics_writer import MetricsWriter
 from megatron_slm.train.optimizer import build_optimizer
 from megatron_slm.train.optimizer_state import initialise_state
+from megatron_slm.train.origin import restore, shape, verify_origin
 from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.schedule import learning_rate
 from megatron_slm.train.step import StepPlan, TrainState
+
+HASHED_BYTES = 4 * 2**30  # a corpus up to this size is hashed at every start: a few seconds
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,6 @@ class Data:
     train: Corpus
     valid: Corpus | None
     tokenizer: Tokenizer
-    tokenizer_directory: Path
     order: SampleOrder
 
 
@@ -80,23 +84,20 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     rules.require(config, environment.world_size, provenance=resolved.provenance)
     layout = Layout.from_config(config.parallel, environment.world_size)
 
-    data = open_data(config)
+    data = open_data(config, verify=environment.rank == 0)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     directory = RunDirectory(Path(config.log.runs_dir) / str(config.name))
-    if environment.rank == 0:
-        verify_pretrained(config)
-        prepare_directory(resolved, data, environment, device, fresh=fresh)
-
     master = (environment.master_addr, environment.master_port)
     bound = device_seam.bind(device, environment.local_rank)
     with (
+        own_directory(resolved, data, environment, device, fresh=fresh) if environment.rank == 0 else nullcontext(),
         StopRequest() as stop,
         process_groups(
             config.parallel, device=device, rank=environment.rank, world_size=environment.world_size, master=master
         ) as groups,
     ):
         state, spec_reason = build_state(config, data, groups, bound, vocab_size)
-        origin = restore(state, config, directory, layout, is_first=environment.rank == 0)
+        origin = restore(state, config, directory.checkpoints, layout=layout_record(layout))
         log = open_log(config, directory, layout, device, vocab_size, state.step) if writes_log(environment) else None
         if log is not None:
             announce(log, config, layout, vocab_size, [spec_reason, origin])
@@ -112,29 +113,57 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     return code
 
 
-def open_data(config: RunConfig) -> Data:
-    """Both splits and their tokenizer, whose hash must be the one in the corpus.
+def open_data(config: RunConfig, *, verify: bool = False) -> Data:
+    """Both splits and their tokenizer, whose hash must be the one in each of them.
+
+    Args:
+        verify: compare the hashes of corpora up to ``HASHED_BYTES`` too, not the sizes of files alone.
 
     Raises:
         DataError: something is missing, damaged or does not belong together.
     """
     assert config.data.data_path is not None, "config/files.py refuses a run without data.data_path"
     path = Path(config.data.data_path)
-    train = Corpus.open(path / "train")
-    valid = Corpus.open(path / "valid") if config.train.eval_iters else None
+    train = open_corpus(path / "train", verify=verify)
+    valid = open_corpus(path / "valid", verify=verify) if config.train.eval_iters else None
     model = Path(config.tokenizer.tokenizer_model or path / "tokenizer" / "tokenizer.model")
-    tokenizer = Tokenizer.open(model, expected_hash=train.tokenizer_hash)
-    seed = config.train.seed if config.data.data_seed is None else config.data.data_seed
-    order = SampleOrder(train.num_samples(config.model.seq_length), seed, train.digest, config.model.seq_length)
-    return Data(train, valid, tokenizer, model.parent, order)
+    for corpus in filter(None, (train, valid)):
+        tokenizer = Tokenizer.open(model, expected_hash=corpus.tokenizer_hash)
+        if not corpus.num_samples(config.model.seq_length):
+            raise DataError(
+                f"{corpus.directory} has {corpus.num_tokens} tokens, too few for one sample of model.seq_length "
+                f"{config.model.seq_length}; prepare more text, lower model.seq_length, or set train.eval_iters=0"
+            )
+    order = SampleOrder(
+        train.num_samples(config.model.seq_length), data_seed(config), train.digest, config.model.seq_length
+    )
+    return Data(train, valid, tokenizer, order)
+
+
+def open_corpus(directory: Path, *, verify: bool) -> Corpus:
+    """One split, hashed where that is asked for and takes seconds."""
+    corpus = Corpus.open(directory)
+    return Corpus.open(directory, verify="hash") if verify and corpus.num_bytes <= HASHED_BYTES else corpus
+
+
+def data_seed(config: RunConfig) -> int:
+    """Seed of the sample order."""
+    return config.train.seed if config.data.data_seed is None else config.data.data_seed
 
 
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
-    """What makes two runs the same run: model, data and seed."""
+    """What makes two runs the same run: model, data and seed, derived values filled in."""
+    options = {key: value for key, value in asdict(config.data).items() if key != "data_path"}
     return {
-        "model": asdict(config.model),
+        "model": {
+            **asdict(config.model),
+            **shape(config.model),
+            "max_position_embeddings": config.model.position_limit,
+            "vocab_size": config.model.vocab_size or data.tokenizer.vocab_size,
+        },
         "data": {
-            **{key: value for key, value in asdict(config.data).items() if key != "data_path"},
+            **options,
+            "data_seed": data_seed(config),
             "dataset_digest": data.train.digest,
             "tokenizer_hash": data.tokenizer.hash,
         },
@@ -142,37 +171,35 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
     }
 
 
-def verify_pretrained(config: RunConfig) -> None:
-    """Read the weights' checkpoint once, before the run's directory exists.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    if config.checkpoint.pretrained_checkpoint is not None:
-        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
-        checkpoint.read_state(source)
-        publish.verify(source)
-
-
-def prepare_directory(
+@contextmanager
+def own_directory(
     resolved: Resolved, data: Data, environment: RankEnvironment, device: str, *, fresh: bool
-) -> None:
-    """Create the run's directory or accept the one there; rank 0 alone.
+) -> Iterator[None]:
+    """Take the run's directory for as long as the run lasts: create it, or accept the one there. Rank 0 alone.
 
     Raises:
-        CheckpointError: the directory holds a run of another identity.
+        CheckpointError: another job uses it, it holds another run, or what it would resume is damaged;
+            nothing was changed.
     """
-    run_directory.prepare(
-        resolved,
-        identity=identity(resolved.config, data),
-        fresh=fresh,
-        environment={
-            "launcher": environment.launcher,
-            "world_size": environment.world_size,
-            "device": device_seam.device_name(device),
-            "threads_per_rank": torch.get_num_threads(),
-        },
-    )
+    directory = RunDirectory(Path(resolved.config.log.runs_dir) / str(resolved.config.name))
+    fields = identity(resolved.config, data)
+    with run_directory.locked(directory):
+        if not fresh:
+            run_directory.check(resolved, identity=fields)
+        start = Cursor.start(data.order, data.tokenizer.hash)
+        verify_origin(resolved.config, directory.checkpoints, start, fresh=fresh)
+        run_directory.prepare(
+            resolved,
+            identity=fields,
+            fresh=fresh,
+            environment={
+                "launcher": environment.launcher,
+                "world_size": environment.world_size,
+                "device": device_seam.device_name(device),
+                "threads_per_rank": torch.get_num_threads(),
+            },
+        )
+        yield
 
 
 def build_state(
@@ -203,32 +230,6 @@ def build_state(
     )
     initialise_state(optimizer)
     return TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash)), reason
-
-
-def restore(state: TrainState, config: RunConfig, directory: RunDirectory, layout: Layout, *, is_first: bool) -> str:
-    """Continue the run's newest checkpoint, else start from ``checkpoint.pretrained_checkpoint``, else from the seed.
-
-    Returns:
-        What the state came from, in words.
-
-    Raises:
-        CheckpointError: damaged, of another model, or its next samples would not be the ones it promised.
-    """
-    latest = publish.latest(directory.checkpoints)
-    if latest is not None:
-        if is_first:
-            publish.verify(latest)
-        saved = checkpoint.read_state(latest)
-        cursor = Cursor.from_dict(saved.cursor)
-        check_resume(cursor, state.cursor)
-        checkpoint.load(latest, state.chunks, state.optimizer, state.random, layout=layout_record(layout))
-        state.step, state.cursor = saved.step, cursor
-        return f"resumed {latest} at step {saved.step}"
-    if config.checkpoint.pretrained_checkpoint is not None:
-        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
-        checkpoint.load_weights(source, state.chunks, state.optimizer)
-        return f"weights from {source}; new optimizer, step 0"
-    return f"new run from seed {config.train.seed}"
 
 
 def layout_record(layout: Layout) -> dict[str, int]:
@@ -334,7 +335,7 @@ def save_checkpoint(
 
     def add_files(temporary: Path) -> None:
         (temporary / "config.yaml").write_text(resolved.to_yaml())
-        checkpoint.copy_tokenizer(data.tokenizer_directory, temporary)
+        checkpoint.write_tokenizer(data.tokenizer.model, temporary)
 
     with gathered_parameters(state.chunks):
         return checkpoint.save(

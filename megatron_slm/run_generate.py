@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_slm.config.load import load
@@ -21,7 +21,7 @@ def generate(
         run: a run's directory, or one of its checkpoints.
 
     Raises:
-        CheckpointError, DataError: nothing to load, or damaged.
+        CheckpointError, DataError: nothing to load, or damaged, or the weights are not finite.
     """
     device = device_seam.choose_device("auto")
     device_seam.preload(device)
@@ -53,17 +53,34 @@ def generate(
             )
             checkpoint.load_weights(source, chunks)
             model = chunks[0].eval()
+            prompt_ids = tokenizer.encode(prompt)
             ids = continuation(
                 model,
-                tokenizer.encode(prompt),
+                prompt_ids,
                 Sampling(max_new_tokens, temperature, top_k, seed),
-                vocab_size=vocab_size,
+                # The model may be wider than the tokenizer, whose ids alone have a text.
+                vocab_size=min(vocab_size, tokenizer.vocab_size),
                 window=config.model.position_limit,
                 eod_id=tokenizer.eod_id,
             )
-            said: list[int] = []
-            for token in ids:
-                before = tokenizer.decode(said)
-                said.append(token)
-                # Byte-fallback pieces spell a character over several tokens: print only what is complete.
-                yield tokenizer.decode(said)[len(before) :]
+            yield from text_after(tokenizer, prompt_ids, ids)
+
+
+def text_after(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Iterable[int]) -> Iterator[str]:
+    """The text of ``ids`` after ``prompt_ids``, in pieces as early as they are final; no piece is empty.
+
+    Prompt and continuation are decoded together, because a tokenizer with a dummy prefix drops the first space of what
+    it decodes. Byte-fallback pieces spell a character over several tokens, and until the last of them the text ends
+    with U+FFFD: such text waits for the next token, or for the end.
+    """
+    tokens = list(prompt_ids)
+    text = tokenizer.decode(tokens)
+    shown = len(text)
+    for token in ids:
+        tokens.append(token)
+        text = tokenizer.decode(tokens)
+        if len(text) > shown and not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    if len(text) > shown:
+        yield text[shown:]

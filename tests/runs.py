@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,7 @@ def _train(overrides: list[str], fresh: bool) -> int:
     from megatron_slm import run
     from megatron_slm.config.load import load
     from megatron_slm.launch.environment import RankEnvironment
+    from megatron_slm.train import optimizer as optimizer_room
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shared = [_free_port() if rank == 0 else 0]
@@ -67,6 +69,9 @@ def _train(overrides: list[str], fresh: bool) -> int:
         master_port=shared[0],
         launcher="local",
     )
+    if os.environ.get("MSLM_TEST_CORE_OPTIMIZER"):
+        # The test that shows why ``BucketwiseState`` is there trains once without it.
+        optimizer_room.keep_buckets_in_place = lambda optimizer: None
     return run.train(load(None, overrides), environment, fresh=fresh)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -34,7 +35,8 @@ class Facts:
 
 def nearest_divisors(name: str, number: int, value: int) -> str:
     """A sentence that names the divisors of ``number`` next to ``value``."""
-    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    divisors = sorted({*small, *(number // divisor for divisor in small)})
     below = [divisor for divisor in divisors if divisor <= value][-1:]
     above = [divisor for divisor in divisors if divisor > value][:1]
     return f"Nearest valid {name}: {' or '.join(map(str, below + above))}."

@@ -14,6 +14,9 @@ SOURCE = "command line"
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
+_BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
+"""What follows a flag without a value if somebody gives it one; a file of such a name is written ./true."""
+
 _FILE_ENDINGS = (".yaml", ".yml")
 
 _ELSEWHERE = {
@@ -88,6 +91,10 @@ def _read_flag(tokens: Sequence[str], position: int, given: list[Given], problem
         given.append(Given(key.name, text, SOURCE, written=tokens[position]))
         return 1
     if constant is not None:
+        following = tokens[position + 1] if position + 1 < len(tokens) else ""
+        if following.lower() in _BOOLEAN_WORDS:
+            problems.append(_takes_no_value(key, flag, f"{flag} {following}"))
+            return 2
         given.append(Given(key.name, constant, SOURCE, written=flag))
         return 1
     values = _values_after(tokens, position, several=key.kind is tuple)
@@ -105,8 +112,17 @@ def _assign_boolean(key: Key, constant: str, written: str, given: list[Given], p
     if constant == "true":
         given.append(Given(key.name, text, SOURCE, written=written))
     else:
-        problems.append(f"{written} ({SOURCE}): {flag} takes no value; write {key.name}=true or {key.name}=false.")
+        problems.append(_takes_no_value(key, flag, written))
     return 1
+
+
+def _takes_no_value(key: Key, flag: str, written: str) -> str:
+    """A flag of a boolean that was given a value."""
+    yes, no = key.own_flag, f"--no-{key.own_flag[2:]}"
+    return (
+        f"{written} ({SOURCE}): {flag} takes no value; use {yes} or {key.name}=true, {no} or {key.name}=false for the "
+        "opposite."
+    )
 
 
 def _values_after(tokens: Sequence[str], position: int, *, several: bool) -> list[str]:

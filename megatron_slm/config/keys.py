@@ -29,6 +29,8 @@ class Key:
     choices: tuple[str, ...] | None
     minimum: float | None
     maximum: float | None
+    above: float | None
+    below: float | None
     flag: str | None
     """Megatron's spelling where it is not the field's own name in kebab-case."""
 
@@ -63,6 +65,12 @@ class Key:
             words += f" from {self.minimum:g} to {self.maximum:g}"
         elif self.minimum is not None:
             words += f" of at least {self.minimum:g}"
+        if self.above is not None:
+            words += f" above {self.above:g}"
+        if self.below is not None:
+            words += (
+                f" and below {self.below:g}" if (self.minimum, self.above) != (None, None) else f" below {self.below:g}"
+            )
         return words + (", or null" if self.optional else "")
 
 

@@ -53,17 +53,34 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Resolved:
     Raises:
         ConfigError: a key is unknown, given twice, or holds a value of the wrong type; the message lists every case.
     """
+    resolved, problems = examine(path, overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return resolved
+
+
+def examine(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Resolved, list[str]]:
+    """Resolve what can be read, and say what cannot.
+
+    Args:
+        path, overrides: as for :func:`load`.
+
+    Returns:
+        The configuration, in which a refused value leaves its key at the value below it in precedence (of a key given
+        twice, the later value counts); and one sentence for each problem.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be read, or it is no YAML mapping.
+    """
     given, problems = source_file.read(path) if path is not None else ([], [])
     typed = flags.read(overrides)
     problems += typed.problems
     problems += [f"{token} (command line) is neither key=value nor a flag." for token in typed.positionals]
     values, provenance = _merge([*given, *typed.given], problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
     if values["name"] is None:
         values["name"] = (path.stem if path is not None else None) or values["preset"] or values["stage"]
         provenance["name"] = "default"
-    return Resolved(_build(values), provenance)
+    return Resolved(_build(values), provenance), problems
 
 
 def value_of(config: RunConfig, key: str) -> Any:
@@ -79,18 +96,30 @@ def _merge(given: Sequence[Given], problems: list[str]) -> tuple[dict[str, Any],
     parsed: dict[str, tuple[Any, str]] = {}
     for entry in given:
         try:
-            parsed[entry.key] = (parse(all_keys()[entry.key], entry), entry.source)
+            parsed[entry.key] = (_value(entry), entry.source)
         except ConfigError as error:
             problems.append(str(error))
-    preset, source = parsed.get("preset", (None, ""))
-    if preset in PRESETS:
+    preset, _ = parsed.get("preset", (None, ""))
+    if preset is not None:
         values.update(PRESETS[preset].values)
         provenance.update(dict.fromkeys(PRESETS[preset].values, f"preset {preset}"))
-    elif preset is not None:
-        problems.append(f"preset = {preset} ({source}): there is no such preset; the presets are {', '.join(PRESETS)}.")
     for name, (value, origin) in parsed.items():
         values[name], provenance[name] = value, origin
     return values, provenance
+
+
+def _value(entry: Given) -> Any:
+    """The value of one entry.
+
+    Raises:
+        ConfigError: it is none that the key can hold.
+    """
+    value = parse(all_keys()[entry.key], entry)
+    if entry.key == "preset" and value is not None and value not in PRESETS:
+        raise ConfigError(
+            f"preset = {value} ({entry.source}): there is no such preset; the presets are {', '.join(PRESETS)}."
+        )
+    return value
 
 
 def _build(values: Mapping[str, Any]) -> RunConfig:

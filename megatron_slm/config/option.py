@@ -13,6 +13,8 @@ def option(
     choices: tuple[str, ...] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     flag: str | None = None,
 ) -> Any:
     """Declare a field of a section.
@@ -22,8 +24,10 @@ def option(
         help: one sentence, with the unit, for ``docs/config.md`` and the error messages.
         choices: the only strings accepted.
         minimum, maximum: inclusive bounds of a number.
+        above, below: exclusive bounds of a number; each side has one bound of either kind.
         flag: Megatron's spelling where it is not the kebab-case of the field name; a leading ``no-`` or
             ``disable-`` marks a flag that sets the field to false.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum, "flag": flag}
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
+    metadata = {"help": help, "choices": choices, "flag": flag, **bounds}
     return dataclasses.field(default=default, metadata=metadata)

@@ -12,6 +12,9 @@ from megatron_slm.parallel.layout import nearest_multiples
 
 Rule = Callable[[Facts], Iterator[str]]
 
+_LONGEST_NAME_BYTES = 200
+"""Most file systems end at 255; what is left belongs to the suffixes that a run's directory gets."""
+
 
 def violations(
     config: RunConfig, world_size: int | None = None, *, provenance: Mapping[str, str] | None = None
@@ -56,6 +59,12 @@ def run_name(facts: Facts) -> Iterator[str]:
         yield (
             f"{facts.cite('name')} must be the name of one directory, without slashes, leading dots or outer spaces. "
             "Choose where runs are kept with log.runs_dir."
+        )
+    length = 0 if name is None else len(name.encode("utf-8", "surrogatepass"))
+    if length > _LONGEST_NAME_BYTES:
+        yield (
+            f"{facts.cite('name')} is {length} bytes long; a run's directory is named by at most {_LONGEST_NAME_BYTES} "
+            "characters (bytes of UTF-8). Choose a shorter name."
         )
 
 

@@ -20,9 +20,21 @@ _ELSEWHERE_RECOMPUTABLE = {
 
 
 def precision(facts: Facts) -> Iterator[str]:
-    """A run has one number format."""
-    if facts.config.precision.bf16 and facts.config.precision.fp64:
-        yield f"{facts.cite('precision.bf16', 'precision.fp64')} exclude each other. Set one of them to false."
+    """A run has one number format, and its options belong to it."""
+    own = facts.config.precision
+    bf16, fp64, in_fp32 = "precision.bf16", "precision.fp64", "precision.accumulate_allreduce_grads_in_fp32"
+    if own.bf16 and own.fp64:
+        yield f"{facts.cite(bf16, fp64)} exclude each other. Set one of them to false."
+    if own.fp64 and facts.config.parallel.device == "cuda":
+        yield (
+            f"{facts.cite(fp64, 'parallel.device')}: float64 is built for ranks on the CPU alone. Set "
+            f"parallel.device=cpu, or {fp64}=false."
+        )
+    if not own.bf16 and facts.is_set(in_fp32):
+        yield (
+            f"{facts.cite(in_fp32, bf16)}: gradients have the parameters' format without bf16, so the former would be "
+            f"ignored. Leave it out, or set {bf16}=true."
+        )
 
 
 def recompute_options(facts: Facts) -> Iterator[str]:
@@ -95,6 +107,16 @@ def recompute_bounds(facts: Facts) -> Iterator[str]:
         yield f"{cited}: chunks hold {held} layers, and more cannot be recomputed. Largest valid value: {sizes[-1]}."
 
 
+def validation(facts: Facts) -> Iterator[str]:
+    """An interval of validations means something where there are validations."""
+    interval, batches = "train.eval_interval", "train.eval_iters"
+    if facts.config.train.eval_iters == 0 and facts.is_set(interval):
+        yield (
+            f"{facts.cite(interval, batches)}: no batches switch validation off, so the interval would be ignored. "
+            f"Leave {interval} out, or set {batches} to at least 1."
+        )
+
+
 def learning_rate(facts: Facts) -> Iterator[str]:
     """The optimizer's numbers make sense together."""
     optimizer = facts.config.optimizer
@@ -107,6 +129,22 @@ def learning_rate(facts: Facts) -> Iterator[str]:
     for key, beta in (("optimizer.adam_beta1", optimizer.adam_beta1), ("optimizer.adam_beta2", optimizer.adam_beta2)):
         if beta >= 1.0:
             yield f"{facts.cite(key)}: a moment that never decays divides by zero. It must be below 1."
+
+
+def constant_rate(facts: Facts) -> Iterator[str]:
+    """A learning rate that stays has no end of its decay."""
+    plan, optimizer = facts.config.schedule, facts.config.optimizer
+    if plan.lr_decay_style != "constant":
+        return
+    style, floor, end = "schedule.lr_decay_style", "optimizer.min_lr", "schedule.lr_decay_iters"
+    ignored = [key for key in (floor, end) if facts.is_set(key)]
+    for key in ignored:
+        if key == floor and optimizer.min_lr == optimizer.lr:
+            continue
+        yield (
+            f"{facts.cite(key, style)}: a constant learning rate never decays, so the former would be ignored. Leave it "
+            f"out, or set {style}=cosine."
+        )
 
 
 def schedule(facts: Facts) -> Iterator[str]:
@@ -139,6 +177,8 @@ RULES = (
     recompute_options,
     recompute_modules,
     recompute_bounds,
+    validation,
     learning_rate,
+    constant_rate,
     schedule,
 )

@@ -52,8 +52,12 @@ def _compose(path: Path) -> yaml.Node | None:
 def _walk(node: yaml.MappingNode, prefix: str, path: Path, given: list[Given], problems: list[str]) -> None:
     """Collect the keys of one mapping, sections inside it included."""
     for key_node, value_node in node.value:
-        name = f"{prefix}{key_node.value}"
         source = f"file {path}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            within = f" in {prefix[:-1]}" if prefix else ""
+            problems.append(f"A key{within} ({source}) is {_kind(key_node)}; a key is a name, such as num_layers.")
+            continue
+        name = f"{prefix}{key_node.value}"
         if name in sections():
             if isinstance(value_node, yaml.MappingNode):
                 _walk(value_node, f"{name}.", path, given, problems)
@@ -63,8 +67,22 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, given: list[Given], p
             problems.append(unknown_key(name, source))
         elif isinstance(value_node, yaml.MappingNode):
             problems.append(f"{name} ({source}) is a single value, not a section.")
+        elif (item := _nested(value_node)) is not None:
+            place = f"file {path}:{item.start_mark.line + 1}"
+            problems.append(f"{name} ({place}) holds {_kind(item)} inside its list; every item is a single value.")
         else:
             given.append(_given(name, value_node, source))
+
+
+def _nested(node: yaml.Node) -> yaml.Node | None:
+    """The first item of a list that is itself a list or a mapping."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else []
+    return next((item for item in items if not isinstance(item, yaml.ScalarNode)), None)
+
+
+def _kind(node: yaml.Node) -> str:
+    """What a node that is no scalar is called."""
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def _given(name: str, node: yaml.Node, source: str) -> Given:

@@ -83,5 +83,10 @@ def _parse_kind(key: Key, given: Given) -> Any:
 
 
 def _out_of_bounds(key: Key, value: Any) -> bool:
-    """Whether a number leaves the key's inclusive bounds."""
-    return (key.minimum is not None and value < key.minimum) or (key.maximum is not None and value > key.maximum)
+    """Whether a number leaves the key's bounds."""
+    return (
+        (key.minimum is not None and value < key.minimum)
+        or (key.maximum is not None and value > key.maximum)
+        or (key.above is not None and value <= key.above)
+        or (key.below is not None and value >= key.below)
+    )

@@ -16,6 +16,9 @@ from megatron_slm.errors import DataError
 
 REMEDY = "Run `mslm data prepare` again into a new directory, or copy the corpus anew."
 
+HASH_LIMIT_BYTES = 4 << 30
+"""Up to this size a corpus is hashed before it is read: seconds, against results from damaged tokens."""
+
 
 class Corpus:
     """The token stream of one split. Made by :meth:`open`; safe to share between threads and to inherit by fork."""
@@ -30,6 +33,7 @@ class Corpus:
         self.eod_id: int = index["eod_id"]
         self.sources: list[dict[str, Any]] = index["sources"]
         self.shard_files: list[str] = [shard["file"] for shard in index["shards"]]
+        self._num_bytes: int = sum(shard["bytes"] for shard in index["shards"])
         self._shards = shards
         self._starts = list(itertools.accumulate((len(shard) for shard in shards), initial=0))
 
@@ -62,6 +66,11 @@ class Corpus:
         if verify == "hash":
             corpus._verify_digest(np.dtype(index["dtype"]))
         return corpus
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all shard files together, as the index promises them and :meth:`open` has found them."""
+        return self._num_bytes
 
     def num_samples(self, seq_length: int) -> int:
         """Samples of ``seq_length`` tokens in one epoch. The last label of a sample is the next one's first token, so

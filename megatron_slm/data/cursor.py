@@ -97,7 +97,7 @@ class Cursor:
             raise CheckpointError(
                 f"The data cursor of the checkpoint contradicts itself: the {PREVIEW_SAMPLES} samples after "
                 f"{cursor.consumed_samples} have the digest {cursor._preview()} here, but {expected} when saved. The "
-                " cursor is damaged; resume from an earlier checkpoint."
+                "cursor is damaged; resume from an earlier checkpoint."
             )
         return cursor
 

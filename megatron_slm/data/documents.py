@@ -97,7 +97,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             if not isinstance(text, str):
                 keys = f"its keys are {sorted(record)}" if isinstance(record, dict) else "it is no object"
                 raise DataError(
-                    f'{path}:{number} has no string under "{text_key}"; {keys}. Name the right key with text_key.'
+                    f'{path}:{number} has no string under "{text_key}"; {keys}. Name the right key with --text-key.'
                 )
             try:
                 text.encode()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.corpus import HASH_LIMIT_BYTES, Corpus
 from megatron_slm.data.order import SampleId, SampleOrder
 from megatron_slm.data.prepare import TOKENIZER_PATH
 from megatron_slm.data.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ def inspect(
         show_ids: list every token id with its piece.
 
     Raises:
-        DataError: there is no such corpus, split or sample.
+        DataError: there is no such corpus, split or sample, or the split (up to 4 GiB) is damaged.
     """
     if split not in SPLITS:
         raise DataError(f"There is no split {split}; it must be one of {', '.join(SPLITS)}.")
@@ -39,6 +39,8 @@ def inspect(
     if seq_length < 1:
         raise DataError(f"seq_length is {seq_length}, but a sample has at least one token.")
     corpus = Corpus.open(Path(data_path, split))
+    if corpus.num_bytes <= HASH_LIMIT_BYTES:
+        corpus = Corpus.open(Path(data_path, split), verify="hash")
     tokenizer = Tokenizer.open(Path(data_path) / TOKENIZER_PATH, corpus.tokenizer_hash)
     order = SampleOrder(corpus.num_samples(seq_length), seed, corpus.digest, seq_length)
     if split == "train":

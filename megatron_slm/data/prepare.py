@@ -25,7 +25,7 @@ from tqdm import tqdm
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.documents import TEXT_UNITS, Source, in_tokenizer_sample, in_valid, read_documents
 from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS, SCHEMA_VERSION, ShardWriter, write_json
-from megatron_slm.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_slm.data.tokenizer import NUM_FIXED_PIECES, Tokenizer, train_tokenizer
 from megatron_slm.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
@@ -53,9 +53,16 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.split < 1.0:
-            raise DataError(f"split is {self.split}, but the share of the valid split lies in [0, 1); 0.05 is usual.")
+            raise DataError(f"--split is {self.split}, but the share of the valid split lies in [0, 1); 0.05 is usual.")
+        # Beyond these bounds sentencepiece answers with its own insides.
+        if self.vocab_size is not None and not NUM_FIXED_PIECES <= self.vocab_size < 1 << 31:
+            raise DataError(
+                f"--vocab-size is {self.vocab_size}, but the control pieces, the line break and the 256 bytes alone are "
+                f"{NUM_FIXED_PIECES} pieces, each character of the text is one more, and ids have 31 bits; "
+                f"{DEFAULT_VOCAB_SIZE} is the default."
+            )
         if self.text_unit not in TEXT_UNITS:
-            raise DataError(f"text_unit is {self.text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
+            raise DataError(f"--text-unit is {self.text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
         if self.shard_tokens < 1:
             raise DataError(f"shard_tokens is {self.shard_tokens}, but a shard holds at least one token.")
 
@@ -92,7 +99,7 @@ def prepare(
     """
     if vocab_size is not None and tokenizer_model is not None:
         raise DataError(
-            "vocab_size and tokenizer_model are both given: a finished tokenizer has its own size. Drop one."
+            "--vocab-size and --tokenizer-model are both given: a finished tokenizer has its own size. Drop one."
         )
     if not inputs:
         raise DataError("No input file was given. Name at least one .txt or .jsonl file.")
@@ -101,7 +108,7 @@ def prepare(
     request = Request(
         schema_version=SCHEMA_VERSION,
         inputs=tuple(source.sha256 for source in sources),
-        vocab_size=None if given else vocab_size or DEFAULT_VOCAB_SIZE,
+        vocab_size=DEFAULT_VOCAB_SIZE if vocab_size is None and given is None else vocab_size,
         tokenizer_hash=given.hash if given else None,
         split=split,
         seed=seed,
@@ -158,8 +165,8 @@ def _count(documents: Iterator[tuple[int, str]], request: Request) -> dict[str, 
     for name in wanted:
         if not numbers[name][0]:
             raise DataError(
-                f"With split {request.split} and seed {request.seed} the {name} split gets none of the {total} "
-                "documents. Give more documents, change split (0 makes no valid split), or change seed."
+                f"With --split {request.split} and --seed {request.seed} the {name} split gets none of the {total} "
+                "documents. Give more documents, change --split (0 makes no valid split), or change --seed."
             )
     return {name: (numbers[name][0], numbers[name][1]) for name in wanted}
 
@@ -260,7 +267,7 @@ def _existing(target: Path, request: Request) -> dict[str, Any]:
         values = "; ".join(f"{name} is {found.get(name)} there, {wanted[name]} was asked for" for name in changed)
         raise DataError(f"{target} holds another corpus: {values}. {remedy}")
     for name in splits:
-        Corpus.open(target / name)
+        Corpus.open(target / name, verify="hash")
     Tokenizer.open(target / TOKENIZER_PATH, manifest["tokenizer"]["hash"])
     return manifest
 

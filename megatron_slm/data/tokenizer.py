@@ -19,6 +19,9 @@ from megatron_slm.errors import DataError
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 """Ids of the control pieces of a tokenizer trained here; EOS ends every document."""
 
+NUM_FIXED_PIECES = 4 + 1 + 256
+"""Control pieces, the line break and the bytes: what a tokenizer trained here holds before the first character."""
+
 LONGEST_LINE_CHARACTERS = 16_384
 """A longer line is cut before training: sentencepiece drops a sentence over ``max_sentence_length`` bytes unread."""
 
@@ -144,13 +147,13 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _training_refused(message: str, vocab_size: int) -> str:
     if match := re.search(r"value <= (\d+)", message):
         return (
-            f"The training text is too small for a vocabulary of {vocab_size}: the largest possible vocab_size is "
-            f"{match.group(1)}. Lower vocab_size to that or less, or give more text."
+            f"The training text is too small for a vocabulary of {vocab_size}: the largest possible --vocab-size "
+            f"is {match.group(1)}. Lower --vocab-size to that or less, or give more text."
         )
     if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
-            f"vocab_size {vocab_size} is too small: the control pieces, the 256 bytes and the characters of the text "
-            f"alone need {match.group(1)}. Raise vocab_size to that or more."
+            f"--vocab-size {vocab_size} is too small: the control pieces, the 256 bytes and the characters of the text "
+            f"alone need {match.group(1)}. Raise --vocab-size to that or more."
         )
     if "sentences_.empty()" in message:
         return "There is no text to train a tokenizer on: every document of the train split is empty. Give more text."

@@ -47,9 +47,9 @@ class ModelConfig:
     add_bias_linear: bool = option(False, "biases in the linear layers", flag="disable-bias-linear")
     add_qkv_bias: bool = option(False, "biases in the query/key/value projection alone (Qwen2)")
     untie_embeddings_and_output_weights: bool = option(True, "separate matrices for embedding and output")
-    attention_dropout: float = option(0.0, "dropout of the attention probabilities", minimum=0.0, maximum=1.0)
-    hidden_dropout: float = option(0.0, "dropout after attention, MLP and embedding", minimum=0.0, maximum=1.0)
-    init_method_std: float = option(0.02, "standard deviation of initial weights", minimum=0.0)
+    attention_dropout: float = option(0.0, "dropout of the attention probabilities", minimum=0.0, below=1.0)
+    hidden_dropout: float = option(0.0, "dropout after attention, MLP and embedding", minimum=0.0, below=1.0)
+    init_method_std: float = option(0.02, "standard deviation of initial weights", above=0.0)
     mup_base_hidden_size: int | None = option(
         None,
         "width at which init_method_std and lr were tuned: hidden matrices are scaled to hidden_size by muP",

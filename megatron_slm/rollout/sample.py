@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_slm.errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -30,12 +32,16 @@ def continuation(
 
     Args:
         model: a whole model on one rank, in evaluation mode.
+        prompt: when empty, the end-of-document token stands before what is drawn, as at the start of a document.
         vocab_size: real tokens; padding columns are never drawn.
         window: longest prefix that is fed; older tokens are forgotten.
+
+    Raises:
+        CheckpointError: the model gives logits that are not finite.
     """
-    tokens = list(prompt)
+    tokens = list(prompt) or [eod_id]
     device = next(model.parameters()).device
-    for position in range(len(prompt), len(prompt) + sampling.max_new_tokens):
+    for position in range(len(tokens), len(tokens) + sampling.max_new_tokens):
         prefix = torch.tensor([tokens[-window:]], device=device)
         position_ids = torch.arange(prefix.shape[1], device=device)[None]
         with torch.no_grad():
@@ -48,11 +54,22 @@ def continuation(
 
 
 def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """One token from logits [V]."""
+    """One token from logits [V].
+
+    Raises:
+        CheckpointError: a logit is NaN or infinite.
+    """
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(
+            f"The logits after {position} tokens are not finite: the weights of the checkpoint hold NaN or infinity, "
+            "or overflow. Generate from an earlier checkpoint of the run."
+        )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     values, ids = logits.topk(min(sampling.top_k, len(logits)))
-    probabilities = torch.softmax(values / sampling.temperature, dim=-1)
+    # Relative to the largest and in double precision: a tiny temperature then gives 0 and -inf, never inf or 0 / 0.
+    scaled = (values - values[0]).double() / sampling.temperature
+    probabilities = torch.softmax(scaled, dim=-1).float()
     digest = hashlib.blake2b(f"{sampling.seed}\0{position}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

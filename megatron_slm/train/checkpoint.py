@@ -7,7 +7,6 @@ A checkpoint directory holds core's payload (``*.distcp``, ``.metadata``, ``comm
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,9 +181,10 @@ def load_weights(path: Path, chunks: list[nn.Module], optimizer: MegatronOptimiz
         optimizer.reload_model_params()
 
 
-def copy_tokenizer(source: Path, checkpoint: Path) -> None:
-    """Put the tokenizer's files beside the weights they belong to."""
-    shutil.copytree(source, checkpoint / "tokenizer")
+def write_tokenizer(model: bytes, checkpoint: Path) -> None:
+    """Put the tokenizer's model beside the weights it belongs to, as ``tokenizer/tokenizer.model``."""
+    (checkpoint / "tokenizer").mkdir()
+    (checkpoint / "tokenizer" / "tokenizer.model").write_bytes(model)
 
 
 def _content() -> dict[str, Any]:

@@ -64,7 +64,7 @@ class OptimizerConfig:
     )
     adam_beta1: float = option(0.9, "decay of the first moment", minimum=0.0, maximum=1.0)
     adam_beta2: float = option(0.95, "decay of the second moment", minimum=0.0, maximum=1.0)
-    adam_eps: float = option(1e-8, "added to the root of the second moment", minimum=0.0)
+    adam_eps: float = option(1e-8, "added to the root of the second moment", above=0.0)
     clip_grad: float = option(1.0, "largest global gradient norm; 0 switches clipping off", minimum=0.0)
 
 

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_slm.model.gpt import HIDDEN_MATRICES
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
+from megatron_slm.train.optimizer_state import inner_optimizers, keep_buckets_in_place
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
-    for inner in _torch_optimizers(built):
-        use_fused_adam(inner)
+    for inner in inner_optimizers(built):
+        use_fused_adam(inner.optimizer)
+    keep_buckets_in_place(built)
     return built
 
 
@@ -79,11 +81,6 @@ def _overrides(optimizer: OptimizerConfig, width_multiplier: float) -> dict[Para
             max_lr=optimizer.lr / width_multiplier, min_lr=optimizer.min_lr / width_multiplier
         )
     return overrides
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [inner.optimizer for inner in chained if inner.optimizer is not None]
 
 
 def use_fused_adam(inner: torch.optim.Optimizer) -> None:

@@ -9,6 +9,43 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
+class BucketwiseState(DistributedOptimizer):
+    """Core's distributed optimizer, whose gathered state lies where its readers look for it.
+
+    Core 0.16.1 concatenates the buckets without their padding and then slices the result at offsets that count it
+    (``sharded_param_state_fully_reshardable``): behind a padded bucket every moment and master weight is shifted, in
+    the checkpoint and silently. Buckets are padded to multiples of lcm(dp, 128).
+    """
+
+    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
+        """Core's state with each bucket's tensors moved to the bucket's own offset; None where core returns None."""
+        state = super().get_parameter_state_dp_zero(*args, **kwargs)
+        if state is None:
+            return None
+        for number, buffer in enumerate(self.buffers):
+            for tensors in state[number].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    if key in tensors:
+                        tensors[key] = _spread(tensors[key], buffer)
+        return state
+
+
+def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Tensor [unpadded elements of all buckets] -> [elements of the buffer], padding zero."""
+    spread, start = packed.new_zeros(buffer.numel), 0
+    for bucket in buffer.buckets:
+        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
+        start += bucket.numel_unpadded
+    return spread
+
+
+def keep_buckets_in_place(optimizer: MegatronOptimizer) -> None:
+    """Make the distributed optimizers ``BucketwiseState``; core constructs the class by its own name."""
+    for inner in inner_optimizers(optimizer):
+        if type(inner) is DistributedOptimizer:
+            inner.__class__ = BucketwiseState
+
+
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Core's optimizers that hold a torch optimizer; one for a dense model."""
     parts: list[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])

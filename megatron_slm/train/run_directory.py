@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -81,8 +83,7 @@ def prepare(
     directory = RunDirectory(Path(resolved.config.log.runs_dir) / str(resolved.config.name))
     if fresh and directory.path.exists():
         os.rename(directory.path, _free_name(directory.path))
-    fields = json.loads(json.dumps({**identity, "precision": asdict(resolved.config.precision)}, default=str))
-    _check_identity(directory.path, fields)
+    fields = check(resolved, identity=identity)
     directory.path.mkdir(parents=True, exist_ok=True)
     # First, so that an interrupted start leaves either nothing or a directory that knows whose it is.
     _write(directory.path / IDENTITY, _to_json({"identity": digest(fields), "fields": fields}))
@@ -95,6 +96,48 @@ def prepare(
     for name, text in records.items():
         _write(directory.path / name, text)
     return directory
+
+
+def check(resolved: Resolved, *, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse a directory that belongs to another run or to no run; changes nothing.
+
+    Returns:
+        The identity as it is stored, precision included.
+
+    Raises:
+        CheckpointError: lists the fields that differ.
+    """
+    fields: dict[str, Any] = json.loads(
+        json.dumps({**identity, "precision": asdict(resolved.config.precision)}, default=str)
+    )
+    _check_identity(Path(resolved.config.log.runs_dir) / str(resolved.config.name), fields)
+    return fields
+
+
+@contextlib.contextmanager
+def locked(directory: RunDirectory) -> Iterator[None]:
+    """Hold the run's name, so that two jobs never write one directory. The lock ends with the process at the latest.
+
+    Raises:
+        CheckpointError: another job holds it, or nothing can be written where runs lie.
+    """
+    path = directory.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the directory, which --fresh renames.
+        stream = (path.parent / f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be used for a run ({error}); name another with log.runs_dir= and name="
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} is in use by another job; wait for it, stop it, or choose another name="
+            ) from error
+        yield
 
 
 def digest(identity: Mapping[str, Any]) -> str:

@@ -64,7 +64,8 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
     layout = Layout.from_config(config.parallel, environment.world_size)
     record = RunDirectory(directory / "overhead")
     if environment.rank == 0:
-        run.prepare_directory(resolved, data, environment, "cpu", fresh=True)
+        with run.own_directory(resolved, data, environment, "cpu", fresh=True):
+            pass
     master = (environment.master_addr, environment.master_port)
     with process_groups(
         config.parallel, device="cpu", rank=environment.rank, world_size=environment.world_size, master=master

@@ -144,5 +144,16 @@ def test_generate_reads_any_layout(tmp_path: Path, data: Path) -> None:
     assert runs.train(run, data, 2, "train.train_iters=2", TP2) == 0
     said = [mslm("generate", str(run), "--prompt", "def ", "--max-new-tokens", "8", "--seed", "3") for _ in range(2)]
     assert said[0] == said[1] and said[0][0] == 0 and said[0][1].startswith("def ")
-    code, _, errors = mslm("generate", str(tmp_path / "none"), "--prompt", "x")
-    assert code == 2 and "holds no checkpoint" in errors
+    code, out, errors = mslm("generate", str(run), "--prompt", "", "--max-new-tokens", "8")
+    assert code == 0 and out.strip(), f"nothing after an empty prompt: {errors}"
+    code, out, errors = mslm("generate", str(tmp_path / "none"), "--prompt", "x")
+    assert code == 2 and out == "" and "holds no checkpoint" in errors
+
+
+def test_generate_draws_only_what_the_tokenizer_can_say(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.train(run, data, 1, "train.train_iters=1", "model.vocab_size=50000") == 0
+    # The tokenizer has 512 ids: of 20 draws over all 50,000, practically every one would have no text.
+    wide = ("--temperature", "100", "--top-k", "100000", "--max-new-tokens", "20")
+    code, out, errors = mslm("generate", str(run), "--prompt", "def ", *wide)
+    assert code == 0 and out.startswith("def ") and len(out) > 5, errors

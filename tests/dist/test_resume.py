@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.train.run_directory import RunDirectory, locked
 from tests import runs
 from tests.ranks import RankFailure
 
@@ -62,6 +63,41 @@ def test_resume_is_bitwise_in_bf16_with_interleaving_and_data_parallelism(tmp_pa
 
 def test_resume_is_bitwise_without_the_distributed_optimizer(tmp_path: Path, data: Path) -> None:
     check_bitwise(tmp_path, data, 2, "parallel.use_distributed_optimizer=false", "precision.bf16=true")
+
+
+GPT2_LIKE = (
+    "model.position_embedding_type=learned_absolute",
+    "model.normalization=LayerNorm",
+    "model.swiglu=false",
+    "model.add_bias_linear=true",
+    "model.untie_embeddings_and_output_weights=false",
+)
+PADDED = {
+    "several-buckets": (2, ("parallel.ddp_bucket_size=5000",)),
+    "tied-pp2": (2, ("parallel.pipeline_model_parallel_size=2", *GPT2_LIKE)),
+    "dp3": (3, ("train.global_batch_size=6", "parallel.ddp_bucket_size=5000")),
+}
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_resume_is_bitwise_where_buckets_are_padded(tmp_path: Path, data: Path, case: str) -> None:
+    """Core 0.16.1 shifts the saved moments behind a padded bucket; see ``BucketwiseState``."""
+    world_size, overrides = PADDED[case]
+    check_bitwise(tmp_path, data, world_size, *overrides)
+
+
+def test_the_padded_case_is_one_that_core_gets_wrong(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without our class the same checkpoint differs: should core mend it, this test says so and the class can go."""
+    world_size, overrides = PADDED["several-buckets"]
+    iters = "train.train_iters=2"
+    assert runs.train(tmp_path / "ours", data, world_size, iters, *overrides) == 0
+    monkeypatch.setenv("MSLM_TEST_CORE_OPTIMIZER", "1")
+    assert runs.train(tmp_path / "core", data, world_size, iters, *overrides) == 0
+    ours, core = (runs.contents(runs.checkpoint_path(tmp_path / name, 2)) for name in ("ours", "core"))
+    assert runs.losses(tmp_path / "ours") == runs.losses(tmp_path / "core")
+    assert any("exp_avg" in name for name in runs.differences(ours, core))
 
 
 LAYOUTS = {
@@ -145,3 +181,50 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path: Path, data: P
     with pytest.raises(RankFailure, match=victim.name) as failure:
         runs.train(run, data, 1, "train.train_iters=3")
     assert failure.value.code == 2 and "Traceback" not in str(failure.value)
+
+
+def test_a_run_that_turns_nan_stops_and_saves_nothing_of_it(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    wild = ("optimizer.lr=1e30", "optimizer.clip_grad=0", "schedule.lr_decay_style=constant", "train.train_iters=20")
+    with pytest.raises(RankFailure, match="the gradient norm is nan") as failure:
+        runs.train(run, data, 2, *wild, "checkpoint.save_interval=1")
+    assert failure.value.code == 1 and "Traceback" not in str(failure.value)
+    saved = int((run / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert saved == max(runs.losses(run)) < 20
+    contents = runs.contents(runs.checkpoint_path(run, saved))
+    assert contents["state"]["step"] == saved
+
+
+def test_a_name_in_use_is_refused(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    with locked(RunDirectory(run)), pytest.raises(RankFailure, match="in use by another job") as failure:
+        runs.train(run, data, 1, "train.train_iters=1")
+    assert failure.value.code == 2 and not run.exists()
+    assert runs.train(run, data, 1, "train.train_iters=1") == 0
+
+
+def test_weights_of_another_model_are_refused_before_anything_is_written(tmp_path: Path, data: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    assert runs.train(source, data, 1, "train.train_iters=1") == 0
+    start = f"checkpoint.pretrained_checkpoint={source}"
+    with pytest.raises(RankFailure, match="model.hidden_size: 32 there, 64 here") as failure:
+        runs.train(run, data, 1, "train.train_iters=1", start, "model.hidden_size=64")
+    assert failure.value.code == 2 and not run.exists()
+
+
+def test_a_refused_resume_leaves_the_records_alone(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.train(run, data, 1, "train.train_iters=1") == 0
+    config = (run / "config.yaml").read_text()
+    victim = next(runs.checkpoint_path(run, 1).glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(RankFailure, match=victim.name):
+        runs.train(run, data, 1, "train.train_iters=2", "optimizer.lr=1")
+    assert (run / "config.yaml").read_text() == config and not list(run.glob("config.yaml.*"))
+
+
+def test_a_default_spelled_out_is_still_the_same_run(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.train(run, data, 1, "train.train_iters=1") == 0
+    spelled = ("model.vocab_size=512", "model.ffn_hidden_size=128", "data.data_seed=1234", "model.kv_channels=8")
+    assert runs.train(run, data, 1, "train.train_iters=2", *spelled) == 0

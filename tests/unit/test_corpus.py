@@ -57,6 +57,11 @@ def test_a_range_inside_a_shard_is_a_read_only_view_of_the_map(tmp_path: Path, s
             tokens[0] = 1
 
 
+def test_num_bytes_is_of_all_shard_files(tmp_path: Path, stream: list[int]) -> None:
+    corpus = Corpus.open(tmp_path)
+    assert corpus.num_bytes == sum(path.stat().st_size for path in tmp_path.glob("shard-*.arrow")) > 2 * len(stream)
+
+
 def test_files_of_names_the_shards_of_a_range(tmp_path: Path, stream: list[int]) -> None:
     corpus = Corpus.open(tmp_path)
     assert corpus.files_of(0, 100) == ["shard-00000.arrow"]

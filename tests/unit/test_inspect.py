@@ -84,6 +84,21 @@ def test_what_is_not_there_is_refused(data_path: Path, split: str, index: int, s
         inspect(data_path, split, index, seq_length=seq_length, seed=1)
 
 
+def test_a_changed_token_is_found_up_to_the_limit(data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = data_path / "valid" / "shard-00000.arrow"
+    intact = shard.read_bytes()
+    changed = bytearray(intact)
+    changed[len(changed) // 2] ^= 1
+    shard.write_bytes(changed)
+    try:
+        with pytest.raises(DataError, match=r"shard-00000\.arrow is damaged: sha256"):
+            inspect(data_path, "valid", 0, seq_length=50, seed=1)
+        monkeypatch.setattr("megatron_slm.data.inspect.HASH_LIMIT_BYTES", len(intact) - 1)
+        assert inspect(data_path, "valid", 0, seq_length=50, seed=1).startswith("valid position 0")
+    finally:
+        shard.write_bytes(intact)
+
+
 def test_another_tokenizer_is_refused(data_path: Path) -> None:
     model = data_path / TOKENIZER_PATH
     intact = model.read_bytes()

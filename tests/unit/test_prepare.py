@@ -109,7 +109,7 @@ def test_a_given_tokenizer_is_taken(jsonl: Path, tmp_path: Path) -> None:
     second = run([jsonl], tmp_path / "second", vocab_size=None, tokenizer_model=model)
     assert first["splits"] == second["splits"]
     assert (tmp_path / "second" / TOKENIZER_PATH).read_bytes() == model.read_bytes()
-    with pytest.raises(DataError, match="both given"):
+    with pytest.raises(DataError, match="--vocab-size and --tokenizer-model are both given"):
         run([jsonl], tmp_path / "third", tokenizer_model=model)
 
 
@@ -134,6 +134,16 @@ def test_a_damaged_corpus_is_not_called_prepared(jsonl: Path, tmp_path: Path) ->
         run([jsonl], tmp_path / "corpus")
 
 
+def test_a_corpus_with_changed_tokens_is_not_called_prepared(jsonl: Path, tmp_path: Path) -> None:
+    run([jsonl], tmp_path / "corpus")
+    shard = tmp_path / "corpus" / "valid" / "shard-00000.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"valid/shard-00000\.arrow is damaged: sha256"):
+        run([jsonl], tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("kind", ["file", "empty", "full"])
 def test_what_lies_at_the_output_is_kept(jsonl: Path, tmp_path: Path, kind: str) -> None:
     output = tmp_path / "precious"
@@ -155,7 +165,7 @@ def test_what_lies_at_the_output_is_kept(jsonl: Path, tmp_path: Path, kind: str)
         (
             "a.jsonl",
             b'{"text": "fine"}\n{"body": "x"}\n',
-            r"a\.jsonl:2 has no string under \"text\"; its keys are \['body'\]",
+            r"a\.jsonl:2 has no string under \"text\"; its keys are \['body'\]\. Name the right key with --text-key",
         ),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1 has no string"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1 has no string under \"text\"; it is no object"),
@@ -175,12 +185,17 @@ def test_bad_input_is_refused_and_nothing_remains(tmp_path: Path, name: str, con
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"split": 1.0}, "split is 1.0"),
-        ({"split": -0.1}, "split is -0.1"),
-        ({"text_unit": "line"}, "text_unit is line"),
+        ({"split": 1.0}, "--split is 1.0"),
+        ({"split": -0.1}, "--split is -0.1"),
+        ({"text_unit": "line"}, "--text-unit is line"),
         ({"shard_tokens": 0}, "shard_tokens is 0"),
-        ({"vocab_size": 10**6}, "largest possible vocab_size"),
-        ({"split": 1e-9}, "the valid split gets none"),
+        ({"vocab_size": 10**6}, "largest possible --vocab-size is"),
+        ({"vocab_size": 0}, "--vocab-size is 0, but .* 261 pieces"),
+        ({"vocab_size": -5}, "--vocab-size is -5, but"),
+        ({"vocab_size": 3}, "--vocab-size is 3, but"),
+        ({"vocab_size": 10**10}, "--vocab-size is 10000000000, but"),
+        ({"vocab_size": 261}, "--vocab-size 261 is too small.*Raise --vocab-size to that or more"),
+        ({"split": 1e-9}, "the valid split gets none.*change --split"),
     ],
 )
 def test_values_out_of_range_are_refused(jsonl: Path, tmp_path: Path, options: dict[str, Any], reason: str) -> None:

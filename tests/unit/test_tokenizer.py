@@ -100,14 +100,14 @@ def test_open_refuses_what_is_no_model(tmp_path: Path) -> None:
 
 
 def test_text_too_small_names_the_largest_size_and_that_size_works(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"largest possible vocab_size is (\d+)") as refused:
+    with pytest.raises(DataError, match=r"largest possible --vocab-size is (\d+)\. Lower --vocab-size") as refused:
         train_tokenizer(["hello world"], 4096, tmp_path / "t.model")
-    largest = int(str(refused.value).split("vocab_size is ")[1].split(".")[0])
+    largest = int(str(refused.value).split("--vocab-size is ")[1].split(".")[0])
     assert train_tokenizer(["hello world"], largest, tmp_path / "t.model").vocab_size == largest
 
 
 def test_vocabulary_too_small_names_the_smallest_size(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Raise vocab_size to that or more"):
+    with pytest.raises(DataError, match="Raise --vocab-size to that or more"):
         train_tokenizer(["hello world"], 100, tmp_path / "t.model")
     with pytest.raises(DataError, match="no text"):
         train_tokenizer(["", "\n"], 300, tmp_path / "t.model")
