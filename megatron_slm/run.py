@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.corpus import HASH_LIMIT_BYTES, Corpus
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader, ValidLoader
 from megatron_slm.data.order import SampleOrder
@@ -52,8 +52,6 @@ from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.schedule import learning_rate
 from megatron_slm.train.step import StepPlan, TrainState
-
-HASHED_BYTES = 4 * 2**30  # a corpus up to this size is hashed at every start: a few seconds
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def open_data(config: RunConfig, *, verify: bool = False) -> Data:
     """Both splits and their tokenizer, whose hash must be the one in each of them.
 
     Args:
-        verify: compare the hashes of corpora up to ``HASHED_BYTES`` too, not the sizes of files alone.
+        verify: compare the hashes of corpora up to ``HASH_LIMIT_BYTES`` too, not the sizes of files alone.
 
     Raises:
         DataError: something is missing, damaged or does not belong together.
@@ -143,7 +141,7 @@ def open_data(config: RunConfig, *, verify: bool = False) -> Data:
 def open_corpus(directory: Path, *, verify: bool) -> Corpus:
     """One split, hashed where that is asked for and takes seconds."""
     corpus = Corpus.open(directory)
-    return Corpus.open(directory, verify="hash") if verify and corpus.num_bytes <= HASHED_BYTES else corpus
+    return Corpus.open(directory, verify="hash") if verify and corpus.num_bytes <= HASH_LIMIT_BYTES else corpus
 
 
 def data_seed(config: RunConfig) -> int:

@@ -137,13 +137,11 @@ def constant_rate(facts: Facts) -> Iterator[str]:
     if plan.lr_decay_style != "constant":
         return
     style, floor, end = "schedule.lr_decay_style", "optimizer.min_lr", "schedule.lr_decay_iters"
-    ignored = [key for key in (floor, end) if facts.is_set(key)]
+    ignored = [floor] * (facts.is_set(floor) and optimizer.min_lr != optimizer.lr) + [end] * facts.is_set(end)
     for key in ignored:
-        if key == floor and optimizer.min_lr == optimizer.lr:
-            continue
         yield (
-            f"{facts.cite(key, style)}: a constant learning rate never decays, so the former would be ignored. Leave it "
-            f"out, or set {style}=cosine."
+            f"{facts.cite(key, style)}: a constant learning rate never decays, so the former would be ignored. Leave "
+            f"it out, or set {style}=cosine."
         )
 
 

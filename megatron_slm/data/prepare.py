@@ -57,8 +57,8 @@ class Request:
         # Beyond these bounds sentencepiece answers with its own insides.
         if self.vocab_size is not None and not NUM_FIXED_PIECES <= self.vocab_size < 1 << 31:
             raise DataError(
-                f"--vocab-size is {self.vocab_size}, but the control pieces, the line break and the 256 bytes alone are "
-                f"{NUM_FIXED_PIECES} pieces, each character of the text is one more, and ids have 31 bits; "
+                f"--vocab-size is {self.vocab_size}, but the control pieces, the line break and the 256 bytes alone "
+                f"are {NUM_FIXED_PIECES} pieces, each character of the text is one more, and ids have 31 bits; "
                 f"{DEFAULT_VOCAB_SIZE} is the default."
             )
         if self.text_unit not in TEXT_UNITS:

@@ -26,6 +26,24 @@ def test_check_lists_every_violation_and_ends_with_two(tmp_path: Path, capsys: p
     assert re.search(r"^7 rules violated$", printed.err, re.MULTILINE)
 
 
+def test_check_lists_wrong_keys_and_wrong_values_beside_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["train.foo=1", "--bf16", "true", "model.num_layers=two"]
+    assert main(["check", "--skip-files", "--preset", "tiny", "--tensor-model-parallel-size=3", *wrong]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for part in (
+        "train.foo (command line) is no key",
+        "--bf16 takes no value",
+        "num_layers = two",
+        "num_attention_heads = 8",
+    ):
+        assert part in printed.err
+    last = printed.err.splitlines()[-1]
+    assert last == "3 problems in keys and values; 4 rules violated, with those keys as if they were not given"
+    assert main(["check", "--skip-files", "--preset", "tiny", "train.foo=1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "1 problem in keys and values"
+
+
 def test_check_shows_the_layout_of_an_accepted_job(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--skip-files", "preset=llama3-405b", "--world-size=256", *_flags(tp=8, pp=16)]) == 0
     printed = capsys.readouterr()

@@ -82,7 +82,16 @@ def test_accepted_spellings(tokens: list[str], key: str, value: object) -> None:
         (["--seed", "3", "train.seed=4"], ("train.seed is given twice", "--seed 3", "train.seed=4")),
         (["--bf16", "--no-bf16"], ("precision.bf16 is given twice", "--bf16", "--no-bf16")),
         (["--no-bf16=true"], ("--no-bf16 takes no value", "precision.bf16=true")),
-        (["--bf16", "true"], ("true (command line) is neither key=value nor a flag",)),
+        (
+            ["--bf16", "true"],
+            ("--bf16 true (command line): --bf16 takes no value", "--no-bf16 or precision.bf16=false"),
+        ),
+        (["--no-bf16", "False"], ("--no-bf16 False (command line): --no-bf16 takes no value", "precision.bf16=true")),
+        (["--disable-bias-linear", "1"], ("--disable-bias-linear takes no value", "model.add_bias_linear=false")),
+        (["--hidden-dropout", "1.0"], ("model.hidden_dropout = 1.0", "a number of at least 0 and below 1")),
+        (["--attention-dropout", "1"], ("model.attention_dropout = 1", "below 1")),
+        (["--adam-eps", "0"], ("optimizer.adam_eps = 0", "a number above 0")),
+        (["--init-method-std", "0"], ("model.init_method_std = 0", "above 0")),
         (["--lr"], ("--lr (command line) needs a value", "a number")),
         (["--lr", "--bf16"], ("--lr (command line) needs a value",)),
         (["--lr", "-1"], ("optimizer.lr = -1", "at least 0")),
@@ -96,6 +105,26 @@ def test_refused_command_lines(tokens: list[str], words: tuple[str, ...]) -> Non
         load(None, tokens)
     assert all(word in str(refusal.value) for word in words), str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_numbers_inside_exclusive_bounds_are_accepted() -> None:
+    tokens = [
+        "--hidden-dropout",
+        "0.999",
+        "--attention-dropout",
+        "0",
+        "--adam-eps",
+        "1e-30",
+        "--init-method-std",
+        "1e-9",
+    ]
+    assert load(None, tokens).config.model.hidden_dropout == 0.999
+
+
+def test_a_word_after_a_flag_without_a_value_is_not_taken_for_the_configuration_file() -> None:
+    assert read(["run.yaml", "--bf16", "true"]).positionals == ("run.yaml",)
+    typed = read(["--bf16", "run.yaml"])
+    assert typed.positionals == ("run.yaml",) and not typed.problems
 
 
 def test_the_configuration_file_is_found_between_flags_in_any_order() -> None:

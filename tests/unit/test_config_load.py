@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.config.keys import all_keys
-from megatron_slm.config.load import load
+from megatron_slm.config.load import examine, load
 from megatron_slm.config.presets import PRESETS
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
@@ -134,6 +134,11 @@ def test_accepted_spellings(write, text: str, key: str, value: object) -> None:
         ("model: {num_layers: {a: 1}}", ("model.num_layers (file", "single value")),
         ("train: {seed: 1}\nmodel: {num_layers: 2, num_layers: 3}", ("model.num_layers is given twice",)),
         ("train:\n  seed: 1\ntrain:\n  seed: 1", ("train.seed is given twice", "run.yaml:2", "run.yaml:4")),
+        ("train:\n  recompute_modules:\n    - {a: b}", ("train.recompute_modules (", "run.yaml:3", "holds a mapping")),
+        ("train: {recompute_modules: [mlp, [a]]}", ("train.recompute_modules (", "holds a list inside its list")),
+        ("model: {num_layers: [[4]]}", ("model.num_layers (", "every item is a single value")),
+        ("model:\n  ? [a, b]\n  : 1", ("A key in model (", "run.yaml:2", "is a list; a key is a name")),
+        ("? {a: b}\n: 1", ("A key (", "run.yaml:1", "is a mapping; a key is a name")),
         ("- a", ("mapping of sections",)),
         ("model: {num_layers: 2", ("run.yaml:1", "no valid YAML")),
         ("a: 1\n---\nb: 2", ("no valid YAML",)),
@@ -142,6 +147,7 @@ def test_accepted_spellings(write, text: str, key: str, value: object) -> None:
 def test_refused_files_name_key_value_type_and_line(write, text: str, words: tuple[str, ...]) -> None:
     message = refusal(write(text))
     assert all(word in message for word in words), message
+    assert "Node(" not in message
 
 
 def test_missing_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
@@ -155,3 +161,22 @@ def test_every_problem_is_listed_at_once(write) -> None:
     for problem in ("num_layers = two", "model.widht", "train.seed = -1", "optimizer.lr = fast", "--lrr", "stray"):
         assert problem in message
     assert len(message.splitlines()) == 6
+
+
+def test_what_can_be_read_is_resolved_beside_the_problems(write) -> None:
+    path = write("preset: tiny\nmodel: {num_layers: 6, widht: 3}\ntrain: {seed: 5}\n")
+    resolved, problems = examine(path, ["preset=llama4", "--num-layers", "two", "--seed", "7", "--lr", "fast"])
+    assert len(problems) == 4
+    expected = {
+        "preset": ("tiny", f"file {path}:1"),
+        "model.num_layers": (6, f"file {path}:2"),
+        "model.hidden_size": (load(None, ["preset=tiny"]).config.model.hidden_size, "preset tiny"),
+        "train.seed": (7, "command line"),
+        "optimizer.lr": (
+            load(None, ["preset=tiny"]).config.optimizer.lr,
+            load(None, ["preset=tiny"]).provenance["optimizer.lr"],
+        ),
+    }
+    assert {key: (resolved.value(key), resolved.provenance[key]) for key in expected} == expected
+    assert refusal(path, "preset=llama4", "--num-layers", "two", "--seed", "7", "--lr", "fast").splitlines() == problems
+    assert examine(write("train: {seed: 5}")) == (load(path), [])

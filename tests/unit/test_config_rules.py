@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_slm.config.facts import nearest_divisors
 from megatron_slm.config.files import missing_inputs
 from megatron_slm.config.load import load
 from megatron_slm.config.rules import require, violations
@@ -43,6 +44,16 @@ ACCEPTED = [
     [*WSD, "--lr-wsd-decay-iters", "90", "--lr-warmup-iters", "10"],
     ["--train-iters", "0"],
     ["--openai-gelu", "--no-swiglu"],
+    ["--lr-decay-style", "constant", "--lr-warmup-iters", "10"],
+    ["--lr-decay-style", "constant", "--lr", "1e-3", "--min-lr", "1e-3"],
+    ["--lr-decay-style", "constant", "--min-lr", "0", "--lr-decay-iters", "none"],
+    ["--min-lr", "1e-5", "--lr-decay-iters", "50"],
+    ["--eval-interval", "10", "--eval-iters", "1"],
+    ["--eval-iters", "0"],
+    ["--no-accumulate-allreduce-grads-in-fp32", "--bf16"],
+    ["--fp64"],
+    ["--device", "cuda", "--bf16"],
+    ["name=" + "n" * 200],
 ]
 
 
@@ -53,6 +64,8 @@ def test_accepted(overrides: list[str]) -> None:
 
 REFUSED = [
     (["name=a/b"], ("name = ", "one directory")),
+    (["name=" + "n" * 201], ("name = nnn", "201 bytes", "at most 200", "shorter")),
+    (["name=" + "ü" * 101], ("202 bytes", "at most 200")),
     (["--hidden-size", "130"], ("model.hidden_size = 130 (command line)", "128 or 132", "2 or 5", "model.kv_channels")),
     (["--num-query-groups", "3"], ("num_query_groups = 3", "2 or 4")),
     (["--openai-gelu"], ("model.openai_gelu = true (command line)", "model.swiglu = true (default)")),
@@ -107,6 +120,23 @@ REFUSED = [
     (["--ddp-bucket-size", "9", "--no-overlap-grad-reduce"], ("ddp_bucket_size = 9", "ignore")),
     (["--device", "cpu", "--distributed-backend", "nccl"], ("device = cpu", "gloo")),
     (["--bf16", "--fp64"], ("precision.bf16 = true (command line) and precision.fp64 = true (command line)",)),
+    (["--fp64", "--device", "cuda"], ("fp64 = true (command line)", "device = cuda (command line)", "device=cpu")),
+    (
+        ["--no-accumulate-allreduce-grads-in-fp32"],
+        ("grads_in_fp32 = false (command line)", "precision.bf16 = false (default)", "ignored", "precision.bf16=true"),
+    ),
+    (
+        ["--eval-interval", "5", "--eval-iters", "0"],
+        ("train.eval_interval = 5 (command line)", "train.eval_iters = 0", "ignored", "at least 1"),
+    ),
+    (
+        ["--lr-decay-style", "constant", "--min-lr", "1e-5"],
+        ("optimizer.min_lr = 1e-05 (command line)", "lr_decay_style = constant", "ignored", "Leave it out"),
+    ),
+    (
+        ["--lr-decay-style", "constant", "--lr-decay-iters", "50"],
+        ("schedule.lr_decay_iters = 50 (command line)", "lr_decay_style = constant", "ignored"),
+    ),
     ([*FULL, "uniform"], ("recompute_num_layers = null", "needs both")),
     (["--recompute-granularity", "full", "--recompute-num-layers", "1"], ("recompute_method = null", "needs both")),
     ([*FULL, "uniform", "--recompute-num-layers", "3", "--num-layers", "4"], ("4 layers", "1, 2, 4")),
@@ -230,3 +260,36 @@ def test_missing_inputs(tmp_path: Path) -> None:
         f"--data-path={corpus}", f"--tokenizer-model={tmp_path / 't'}", f"--pretrained-checkpoint={tmp_path / 'c'}"
     )
     assert ["tokenizer.tokenizer_model" in found[0], "checkpoint.pretrained_checkpoint" in found[1]] == [True, True]
+
+
+def test_nearest_divisors_are_those_of_the_definition() -> None:
+    for number, value in itertools.product(range(1, 61), range(1, 70)):
+        divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+        near = [d for d in divisors if d <= value][-1:] + [d for d in divisors if d > value][:1]
+        assert nearest_divisors("x", number, value) == f"Nearest valid x: {' or '.join(map(str, near))}."
+
+
+def test_nearest_divisors_of_a_large_prime_take_no_walk_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[int] = []
+
+    def counted(*bounds: int) -> range:
+        walked.append(len(range(*bounds)))
+        return range(*bounds)
+
+    monkeypatch.setattr("megatron_slm.config.facts.range", counted, raising=False)
+    assert nearest_divisors("x", 100000007, 3) == "Nearest valid x: 1 or 100000007."
+    assert walked and sum(walked) <= 10000
+
+
+def test_the_saved_configuration_of_an_accepted_run_is_accepted(tmp_path: Path) -> None:
+    """It names every key, so that no rule may take a default written down for a choice."""
+    saved = tmp_path / "config.yaml"
+    for overrides in ACCEPTED:
+        saved.write_text(load(None, overrides).to_yaml())
+        resolved = load(saved)
+        assert violations(resolved.config, provenance=resolved.provenance) == [], overrides
+
+
+def test_the_example_is_accepted() -> None:
+    resolved = load(Path(__file__).resolve().parents[2] / "examples" / "kjv" / "config.yaml")
+    assert violations(resolved.config, provenance=resolved.provenance) == []
