@@ -25,7 +25,7 @@ from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader, ValidLoader
 from megatron_slm.data.order import SampleOrder
 from megatron_slm.data.tokenizer import Tokenizer
-from megatron_slm.errors import DataError
+from megatron_slm.errors import ConfigError, DataError
 from megatron_slm.evaluate.perplexity import held_out
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
@@ -79,6 +79,10 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     config = resolved.config
     device = device_seam.choose_device(config.parallel.device)
     device_seam.preload(device)
+    if config.precision.fp64 and device == "cuda":
+        raise ConfigError(
+            "precision.fp64 needs CPU ranks: core's optimizer rounds to fp32 on a GPU; set parallel.device=cpu"
+        )
     rules.require(config, environment.world_size, provenance=resolved.provenance)
     layout = Layout.from_config(config.parallel, environment.world_size)
 
