@@ -9,6 +9,7 @@ ratio is the median of paired ratios. 1.0 means the framework costs nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import statistics
@@ -97,9 +98,11 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
             for _ in range(STEPS_PER_BLOCK):
                 bare.step()
 
-        times = list(alternate(ours, theirs, blocks, dist.barrier))
-        if log is not None:
-            log.after_run(state, 0)
+        # The console lines are written, as in a run, but kept out of the benchmark's table.
+        with (directory / f"console-{environment.rank}.txt").open("w") as console, contextlib.redirect_stdout(console):
+            times = list(alternate(ours, theirs, blocks, dist.barrier))
+            if log is not None:
+                log.after_run(state, 0)
         if environment.rank == 0:
             (directory / "times.json").write_text(json.dumps(times))
     return 0
