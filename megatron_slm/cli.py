@@ -224,10 +224,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     try:
         name = _verb(tokens)
-        return VERBS[name].run(name, tokens[len(name.split()) :])
+        code = VERBS[name].run(name, tokens[len(name.split()) :])
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"mslm: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SystemExit as stop:  # argparse ends so, after --help (0) or an error on the command line (2)
         return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,3 +159,14 @@ def test_the_configuration_reference_is_current() -> None:
         env={"PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
+    command = [sys.executable, "-m", "megatron_slm.cli", "check", "--preset", "tiny", "--skip-files"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
