@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,10 +80,3 @@ def sum_over_world_from(values: torch.Tensor, *, counts: bool) -> torch.Tensor:
     values = values.clone() if counts else torch.zeros_like(values)
     dist.all_reduce(values)
     return values
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """One picklable value of each rank, in rank order, on every rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

@@ -149,7 +149,7 @@ def test_identity_does_not_depend_on_order_and_does_on_every_field() -> None:
 def test_tuples_survive_the_file(tmp_path: Path) -> None:
     fields = {**IDENTITY, "model": {"modules": ("core_attn",)}}
     start(tmp_path, fields)
-    start(tmp_path, fields)
+    assert start(tmp_path, fields).path.exists(), "a tuple read back as a list is the same identity"
 
 
 def test_surroundings_outside_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
