@@ -4,6 +4,8 @@ from setuptools import find_namespace_packages, setup
 
 # `tokenizers` and `transformers` are needed only to read and write Hugging Face tokenizers and model directories.
 HF = ["transformers>=5.0,<6", "tokenizers>=0.22"]
+# What `mslm data` needs for near-duplicates, language filters and tokenizer.json; each is imported when used.
+DATA = ["datasketch>=1.6,<3", "py3langid>=0.3", "tokenizers>=0.22"]
 
 setup(
     name="megatron-slm",
@@ -38,6 +40,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]==2.11.0", "nvidia-dali-cuda130==2.4.0"],
         "cluster": ["mpi4py==4.1.2", "mpich==5.0.2"],
+        "data": DATA,
         "hf": HF,
         # One exact release: tests compare our logits with the ones it computes, so it must not move by itself.
         "oracle": ["transformers==5.23.0"],

@@ -6,10 +6,8 @@ part; a newcomer may skip them. This is the only file that knows all rooms.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,48 +18,30 @@ import torch.distributed as dist
 from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.data.corpus import HASH_LIMIT_BYTES, Corpus
 from megatron_slm.data.cursor import Cursor
-from megatron_slm.data.loader import TrainLoader, ValidLoader
-from megatron_slm.data.order import SampleOrder
-from megatron_slm.data.tokenizer import Tokenizer
-from megatron_slm.errors import ConfigError, DataError
-from megatron_slm.evaluate.perplexity import held_out
+from megatron_slm.data.loader import TrainLoader
+from megatron_slm.errors import ConfigError
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
 from megatron_slm.model.core_config import transformer_config
-from megatron_slm.model.counts import flops_per_token, parameters
 from megatron_slm.model.gpt import build_chunks
 from megatron_slm.parallel import device as device_seam
-from megatron_slm.parallel.gradients import gathered_parameters, wrap
+from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.specs import choose_spec
+from megatron_slm.run_data import Data, identity, open_data
+from megatron_slm.run_hooks import announce, build_hooks, layout_record, open_log, stop_rule, writes_log
 from megatron_slm.stages import pretrain
-from megatron_slm.train import checkpoint, run_directory
-from megatron_slm.train.hook import Hook
-from megatron_slm.train.hooks import CheckpointHook, ValidationHook
+from megatron_slm.train import run_directory
 from megatron_slm.train.loop import run_loop
-from megatron_slm.train.memory_use import memory_source
-from megatron_slm.train.metrics import Throughput
-from megatron_slm.train.metrics_writer import MetricsWriter
 from megatron_slm.train.optimizer import build_optimizer
 from megatron_slm.train.optimizer_state import initialise_state
-from megatron_slm.train.origin import restore, shape, verify_origin
+from megatron_slm.train.origin import restore, verify_origin
 from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.schedule import learning_rate
 from megatron_slm.train.step import StepPlan, TrainState
-
-
-@dataclass(frozen=True)
-class Data:
-    """The corpus of a run: both splits, the tokenizer they were made with, and the order of training."""
-
-    train: Corpus
-    valid: Corpus | None
-    tokenizer: Tokenizer
-    order: SampleOrder
 
 
 def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = False) -> int:
@@ -113,64 +93,6 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
         )
         dist.barrier()  # a rank that leaves first would end another's last exchange
     return code
-
-
-def open_data(config: RunConfig, *, verify: bool = False) -> Data:
-    """Both splits and their tokenizer, whose hash must be the one in each of them.
-
-    Args:
-        verify: compare the hashes of corpora up to ``HASH_LIMIT_BYTES`` too, not the sizes of files alone.
-
-    Raises:
-        DataError: something is missing, damaged or does not belong together.
-    """
-    assert config.data.data_path is not None, "config/files.py refuses a run without data.data_path"
-    path = Path(config.data.data_path)
-    train = open_corpus(path / "train", verify=verify)
-    valid = open_corpus(path / "valid", verify=verify) if config.train.eval_iters else None
-    model = Path(config.tokenizer.tokenizer_model or path / "tokenizer" / "tokenizer.model")
-    for corpus in filter(None, (train, valid)):
-        tokenizer = Tokenizer.open(model, expected_hash=corpus.tokenizer_hash)
-        if not corpus.num_samples(config.model.seq_length):
-            raise DataError(
-                f"{corpus.directory} has {corpus.num_tokens} tokens, too few for one sample of model.seq_length "
-                f"{config.model.seq_length}; prepare more text, lower model.seq_length, or set train.eval_iters=0"
-            )
-    order = SampleOrder(
-        train.num_samples(config.model.seq_length), data_seed(config), train.digest, config.model.seq_length
-    )
-    return Data(train, valid, tokenizer, order)
-
-
-def open_corpus(directory: Path, *, verify: bool) -> Corpus:
-    """One split, hashed where that is asked for and takes seconds."""
-    corpus = Corpus.open(directory)
-    return Corpus.open(directory, verify="hash") if verify and corpus.num_bytes <= HASH_LIMIT_BYTES else corpus
-
-
-def data_seed(config: RunConfig) -> int:
-    """Seed of the sample order."""
-    return config.train.seed if config.data.data_seed is None else config.data.data_seed
-
-
-def identity(config: RunConfig, data: Data) -> dict[str, Any]:
-    """What makes two runs the same run: model, data and seed, derived values filled in."""
-    options = {key: value for key, value in asdict(config.data).items() if key != "data_path"}
-    return {
-        "model": {
-            **asdict(config.model),
-            **shape(config.model),
-            "max_position_embeddings": config.model.position_limit,
-            "vocab_size": config.model.vocab_size or data.tokenizer.vocab_size,
-        },
-        "data": {
-            **options,
-            "data_seed": data_seed(config),
-            "dataset_digest": data.train.digest,
-            "tokenizer_hash": data.tokenizer.hash,
-        },
-        "seed": config.train.seed,
-    }
 
 
 @contextmanager
@@ -234,11 +156,6 @@ def build_state(
     return TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash)), reason
 
 
-def layout_record(layout: Layout) -> dict[str, int]:
-    """The degrees under which random states have their owners."""
-    return {"world_size": layout.world_size, "vpp": layout.vpp_size, **layout.sizes}
-
-
 def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
     """Training samples of this data-parallel rank."""
     return TrainLoader(
@@ -263,130 +180,3 @@ def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
         groups=groups,
         device=device,
     )
-
-
-def evaluation(
-    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
-) -> Callable[[TrainState], None]:
-    """A function that evaluates the held-out samples, the same ones each time, and reports the loss."""
-    assert data.valid is not None, "open_data opens the held-out split wherever eval_iters is not 0"
-    loader = ValidLoader(
-        data.valid,
-        config=config.data,
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=plan.groups.dp.rank(),
-        data_parallel_size=plan.groups.dp.size(),
-    )
-    interleaved = config.parallel.vpp_size > 1
-
-    def evaluate(state: TrainState) -> None:
-        steps = loader.steps(
-            config.train.eval_iters,
-            config.train.global_batch_size,
-            multiple=config.parallel.pipeline_model_parallel_size if interleaved else 1,
-        )
-        on_device = ([pretrain.to_device(batch, plan.device) for batch in step] for step in steps)
-        found = held_out(
-            state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
-        )
-        if log is not None:
-            log.validation(
-                found.loss, tokens=found.tokens, step=state.step, consumed_samples=state.cursor.consumed_samples
-            )
-
-    return evaluate
-
-
-def build_hooks(
-    resolved: Resolved,
-    data: Data,
-    plan: StepPlan,
-    layout: Layout,
-    directory: RunDirectory,
-    log: MetricsWriter | None,
-) -> list[Hook]:
-    """Log, validation, checkpoint. At the end they are called in reverse: the save comes first, the log closes last."""
-    config = resolved.config
-    hooks: list[Hook] = [log] if log is not None else []
-    if config.train.eval_iters:
-        hooks.append(ValidationHook(evaluation(config, data, plan, log), config.train.eval_interval))
-    if config.precision.fp64:
-        # Core gathers optimizer state in fp32: such a checkpoint could not be resumed bitwise, so there is none.
-        if log is not None:
-            log.say("precision.fp64: no checkpoint is saved, because core stores optimizer states in fp32")
-        return hooks
-    save = partial(save_checkpoint, resolved=resolved, data=data, layout=layout, directory=directory)
-    listeners = [hook for hook in hooks if hook is log]
-    hooks.append(CheckpointHook(save, config.checkpoint.save_interval, listeners))
-    return hooks
-
-
-def save_checkpoint(
-    state: TrainState, *, resolved: Resolved, data: Data, layout: Layout, directory: RunDirectory
-) -> Path:
-    """Write and publish the state's checkpoint. Collective."""
-    saved = checkpoint.SavedState(
-        step=state.step,
-        consumed_samples=state.cursor.consumed_samples,
-        cursor=state.cursor.to_dict(),
-        layout=layout_record(layout),
-        params_dtype=resolved.config.precision.params_dtype,
-        tokenizer_hash=data.tokenizer.hash,
-    )
-
-    def add_files(temporary: Path) -> None:
-        (temporary / "config.yaml").write_text(resolved.to_yaml())
-        checkpoint.write_tokenizer(data.tokenizer.model, temporary)
-
-    with gathered_parameters(state.chunks):
-        return checkpoint.save(
-            directory.checkpoints, saved, state.chunks, state.optimizer, state.random, add_files=add_files
-        )
-
-
-def stop_rule(config: RunConfig, stop: StopRequest) -> Callable[[int], bool]:
-    """When this rank wants the run to stop before its target: a signal, a step or a duration."""
-    started = time.monotonic()
-    interval, minutes = config.train.exit_interval, config.train.exit_duration_in_mins
-
-    def should_stop(step: int) -> bool:
-        if stop.requested or (interval is not None and step % interval == 0):
-            return True
-        return minutes is not None and time.monotonic() - started >= 60.0 * minutes
-
-    return should_stop
-
-
-def writes_log(environment: RankEnvironment) -> bool:
-    """The last rank ends the last pipeline stage, so it has the loss; Megatron's log comes from it too."""
-    return environment.rank == environment.world_size - 1
-
-
-def open_log(
-    config: RunConfig, directory: RunDirectory, layout: Layout, device: str, vocab_size: int, step: int
-) -> MetricsWriter:
-    """The run's log, continued after ``step``."""
-    return MetricsWriter(
-        directory.path,
-        config.log,
-        step=step,
-        train_iters=config.train.train_iters,
-        seq_length=config.model.seq_length,
-        throughput=Throughput.of(
-            flops_per_token(config.model, vocab_size),
-            layout.world_size,
-            device_name=device_seam.device_name(device),
-            params_dtype=config.precision.params_dtype,
-        ),
-        memory=memory_source(device),
-    )
-
-
-def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
-    """How a run's log begins: the model, how it is divided, why its kernels are what they are, where it starts."""
-    degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
-    log.say(f"{config.name}: {parameters(config.model, vocab_size):,} parameters, vocabulary {vocab_size:,}")
-    log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")
-    for line in reasons:
-        log.say(line)

@@ -65,7 +65,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, given: list[Given], p
                 problems.append(f"{name} ({source}) is a section: its keys go below it, indented.")
         elif name not in all_keys():
             problems.append(unknown_key(name, source))
-        elif isinstance(value_node, yaml.MappingNode):
+        elif isinstance(value_node, yaml.MappingNode) and all_keys()[name].kind is not tuple:
             problems.append(f"{name} ({source}) is a single value, not a section.")
         elif (item := _nested(value_node)) is not None:
             place = f"file {path}:{item.start_mark.line + 1}"
@@ -75,8 +75,10 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, given: list[Given], p
 
 
 def _nested(node: yaml.Node) -> yaml.Node | None:
-    """The first item of a list that is itself a list or a mapping."""
+    """The first item of a list, or value of a mapping, that is itself a list or a mapping."""
     items = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        items = [part for pair in node.value for part in pair]
     return next((item for item in items if not isinstance(item, yaml.ScalarNode)), None)
 
 
@@ -86,7 +88,9 @@ def _kind(node: yaml.Node) -> str:
 
 
 def _given(name: str, node: yaml.Node, source: str) -> Given:
-    """One scalar or list of scalars."""
+    """One scalar, list of scalars, or mapping of scalars, which stands for the list of its NAME=VALUE."""
+    if isinstance(node, yaml.MappingNode):
+        return Given(name, tuple(f"{key.value}={value.value}" for key, value in node.value), source)
     if isinstance(node, yaml.SequenceNode):
         return Given(name, tuple(str(item.value) for item in node.value), source)
     assert isinstance(node, yaml.ScalarNode), f"{name} ({source}) is neither a list nor a mapping, so it is a scalar."

@@ -9,9 +9,28 @@ from megatron_slm.config.option import option
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """One prepared corpus: the directory that ``mslm data prepare`` wrote."""
+    """One prepared corpus (``data_path``) or a mixture of several (``sources``), and the order they are read in.
+
+    Samples are counted from the start of the run. Lists of NAME=VALUE may be written as a mapping in YAML.
+    """
 
     data_path: str | None = option(None, "prepared corpus: a directory holding train/, valid/ and tokenizer/")
+    sources: tuple[str, ...] = option((), "a mixture instead of data_path: NAME=DIR, prepared corpora of one tokenizer")
+    weights: tuple[str, ...] = option((), "share of each source, NAME=NUMBER on any scale; default by temperature")
+    temperature: float = option(
+        1.0, "shares without weights are tokens^(1/temperature): 1 by size, more towards equal", minimum=1.0
+    )
+    phases: tuple[str, ...] = option((), "later shares, each 'SAMPLE: NAME=NUMBER ...', from that sample of the run on")
+    loss_aware_strength: float = option(
+        0.0,
+        "after a validation, shares change by exp(strength x (held-out loss - mean)); 0 off",
+        minimum=0.0,
+    )
+    replay_run: str | None = option(None, "run whose already trained samples come again, as a source named replay")
+    replay_share: float = option(0.05, "share of the replayed samples", above=0.0, below=1.0)
+    length_schedule: tuple[str, ...] = option(
+        (), "short before long: each 'SAMPLE: TOKENS', from that sample on tokens attend inside windows of so many"
+    )
     reset_attention_mask: bool = option(False, "tokens attend to their own document only")
     reset_position_ids: bool = option(False, "positions restart at 0 with every document")
     eod_mask_loss: bool = option(

@@ -37,6 +37,30 @@ class TrainConfig:
         None, "layers of one recomputed unit (uniform) or of each chunk (block)", minimum=1
     )
     recompute_modules: tuple[str, ...] = option(("core_attn",), "modules recompute_granularity=selective takes")
+    rampup_batch_size: tuple[str, ...] = option(
+        (), "batch ramp-up START,INCREMENT,SAMPLES: grows from START to global_batch_size over so many samples"
+    )
+    early_stopping_patience: int | None = option(
+        None, "validations without a new best held-out loss after which the run ends", minimum=1
+    )
+    z_loss_coefficient: float = option(0.0, "times the mean squared log-partition, added to the loss", minimum=0.0)
+    label_smoothing: float = option(0.0, "probability spread evenly over the vocabulary", minimum=0.0, below=1.0)
+    ema_decay: float | None = option(
+        None, "keep an exponential moving average of the weights with this decay", above=0.0, below=1.0
+    )
+    non_finite_policy: str = option(
+        "stop",
+        "at a loss or gradient that is not finite, once its origin is named",
+        choices=("stop", "skip", "rollback"),
+    )
+    spike_policy: str = option(
+        "warn", "at a spike of loss or gradient norm", choices=("off", "warn", "stop", "skip", "rollback")
+    )
+    spike_threshold: float = option(
+        6.0, "a spike is this many robust standard deviations above the median of spike_window steps", above=0.0
+    )
+    spike_window: int = option(64, "steps a spike is judged by; none is found before they are full", minimum=8)
+    max_interventions: int = option(10, "skipped batches and roll-backs of a run, after which it stops", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +112,11 @@ class CheckpointConfig:
     """What is written for a resume, and what a new run starts from."""
 
     save_interval: int | None = option(None, "steps between checkpoints; default only at the end", minimum=1)
+    async_save: bool = option(False, "write checkpoints in the background while training goes on")
+    keep_last: int | None = option(None, "checkpoints kept, the newest ones; default all", minimum=1)
+    save_retain_interval: int | None = option(
+        None, "checkpoints of steps that are a multiple of this are kept beside keep_last", minimum=1
+    )
     pretrained_checkpoint: str | None = option(
         None, "another run's checkpoint directory: start from its weights alone, with a new optimizer at step 0"
     )
@@ -99,5 +128,11 @@ class LogConfig:
 
     runs_dir: str = option("runs", "directory that holds every run's directory")
     log_interval: int = option(10, "steps between console lines", minimum=1)
+    layer_norms_interval: int | None = option(
+        None, "steps between norms of gradients, updates and activations of every layer", minimum=1
+    )
+    noise_scale_interval: int | None = option(
+        None, "steps between measurements of the gradient noise scale; each costs a micro-batch", minimum=1
+    )
     tensorboard: bool = option(True, "write TensorBoard events into the run's directory")
     progress_bar: bool = option(True, "show a progress bar when standard error is a terminal")

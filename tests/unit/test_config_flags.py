@@ -43,7 +43,12 @@ def _another_value(name: str) -> str:
         return key.choices[-1]
     if key.kind is bool:
         return "false" if key.default else "true"
-    return {int: "3", float: "0.5" if (key.minimum or 0) <= 0.5 else "2.5", str: "other", tuple: "mlp"}[key.kind]
+    return {
+        int: str(3 + int(key.minimum or 0)),
+        float: "0.5" if (key.minimum or 0) <= 0.5 else "2.5",
+        str: "other",
+        tuple: "mlp",
+    }[key.kind]
 
 
 @pytest.mark.parametrize(

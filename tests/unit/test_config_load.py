@@ -180,3 +180,13 @@ def test_what_can_be_read_is_resolved_beside_the_problems(write) -> None:
     assert {key: (resolved.value(key), resolved.provenance[key]) for key in expected} == expected
     assert refusal(path, "preset=llama4", "--num-layers", "two", "--seed", "7", "--lr", "fast").splitlines() == problems
     assert examine(write("train: {seed: 5}")) == (load(path), [])
+
+
+def test_a_mapping_may_stand_for_a_list_of_assignments(tmp_path: Path) -> None:
+    file = tmp_path / "mixture.yaml"
+    file.write_text("data:\n  sources: {kjv: data/kjv, code: data/code}\n  weights:\n    kjv: 0.7\n    code: 0.3\n")
+    data = load(file).config.data
+    assert data.sources == ("kjv=data/kjv", "code=data/code") and data.weights == ("kjv=0.7", "code=0.3")
+    file.write_text("data: {sources: {kjv: {path: data/kjv}}}\n")
+    with pytest.raises(ConfigError, match="every item is a single value"):
+        load(file)

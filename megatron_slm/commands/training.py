@@ -1,0 +1,190 @@
+"""The verbs around training: train, check, generate."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_slm.commands.command import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    OVERRIDES,
+    Verb,
+    accepted,
+    parser_of,
+    sources,
+    violations_of,
+)
+from megatron_slm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_slm.config.load import Resolved
+    from megatron_slm.launch.environment import RankEnvironment
+
+
+def train(name: str, tokens: Sequence[str]) -> int:
+    """``mslm train``: every rank runs this under a launcher; without one, this process starts the ranks."""
+    parser = parser_of(
+        name,
+        "[CONFIG] [key=value | --flag ...] [--fresh]",
+        "Train a model. A run whose directory exists is resumed. Under torchrun, srun or mpirun every process is one "
+        "rank; otherwise mslm starts the ranks on this machine.",
+        example="mslm train --preset tiny --data-path corpus --train-iters 100",
+        notes=OVERRIDES,
+    )
+    parser.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
+    own, rest = parser.parse_known_args(tokens)
+    from megatron_slm.launch.environment import from_environment
+
+    environment = from_environment(os.environ)
+    if environment is None:
+        return _start_ranks(accepted(rest, None), ["train", *tokens], fresh=own.fresh)
+    from megatron_slm.launch.rank import run_rank
+
+    def entry(environment: RankEnvironment) -> int:
+        return _train_rank(accepted(rest, environment.world_size), environment, fresh=own.fresh)
+
+    return run_rank(environment, entry)
+
+
+def check(name: str, tokens: Sequence[str]) -> int:
+    """``mslm check``: every refused value and violated rule at once, without torch."""
+    parser = parser_of(
+        name,
+        "[CONFIG] [key=value | --flag ...] [--skip-files]",
+        "Check a configuration: list every violated rule, or say how the job would be divided. Exit code 2 if any rule "
+        "is violated.",
+        example="mslm check --preset llama3-8b --tensor-model-parallel-size 8 --skip-files",
+        notes=OVERRIDES,
+    )
+    parser.add_argument("--skip-files", action="store_true", help="do not look for the corpus and other input files")
+    own, rest = parser.parse_known_args(tokens)
+    from megatron_slm.config.load import examine
+
+    resolved, problems = examine(*sources(rest))
+    found = violations_of(resolved, None, files=not own.skip_files)
+    if problems or found:
+        counts = []
+        if problems:
+            counts.append(f"{len(problems)} problem{'s' * (len(problems) > 1)} in keys and values")
+        if found:
+            left_out = ", with those keys as if they were not given" if problems else ""
+            counts.append(f"{len(found)} rule{'s' * (len(found) > 1)} violated{left_out}")
+        print("\n".join([*problems, *found, "; ".join(counts)]), file=sys.stderr)
+        return EXIT_REFUSED
+    print(_summary(resolved))
+    return EXIT_OK
+
+
+def generate(name: str, tokens: Sequence[str]) -> int:
+    """``mslm generate``: what a trained model says after a prompt."""
+    parser = parser_of(
+        name,
+        "RUN --prompt TEXT [options]",
+        "Continue a prompt with the newest checkpoint of a run, on one rank, whatever layout it was trained under.",
+        example='mslm generate runs/kjv --prompt "In the beginning"',
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or one of its checkpoints")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    own = parser.parse_args(tokens)
+    if own.max_new_tokens < 1 or own.top_k < 1 or not 0 <= own.temperature < math.inf:  # nan is refused too
+        raise ConfigError(
+            f"--max-new-tokens {own.max_new_tokens} and --top-k {own.top_k} must be at least 1, --temperature "
+            f"{own.temperature} at least 0 and finite."
+        )
+    from megatron_slm.run_generate import generate as pieces
+
+    # The prompt is printed with the first piece: a refusal stands alone.
+    unprinted = own.prompt
+    for piece in pieces(
+        own.run,
+        own.prompt,
+        max_new_tokens=own.max_new_tokens,
+        temperature=own.temperature,
+        top_k=own.top_k,
+        seed=own.seed,
+    ):
+        print(unprinted + piece, end="", flush=True)
+        unprinted = ""
+    print(unprinted)
+    return EXIT_OK
+
+
+def _start_ranks(resolved: Resolved, command: Sequence[str], *, fresh: bool) -> int:
+    """Start the ranks on this machine and wait for them; ``command`` is the verb with its tokens."""
+    from megatron_slm.launch.local import run_local
+    from megatron_slm.parallel.device import choose_device, preload
+
+    parallel = resolved.config.parallel
+    world_size = parallel.world_size or parallel.model_parallel_size
+
+    def preload_run() -> None:
+        preload("cpu")
+        import megatron_slm.run  # noqa: F401  (once here instead of once in every rank)
+
+    def entry(environment: RankEnvironment) -> int:
+        return _train_rank(resolved, environment, fresh=fresh)
+
+    return run_local(
+        world_size,
+        entry,
+        preload=preload_run,
+        warm=choose_device(parallel.device) == "cpu",
+        command=[sys.executable, "-m", "megatron_slm.cli", *command],
+    )
+
+
+def _train_rank(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) -> int:
+    """The work of one rank."""
+    from megatron_slm.parallel.device import choose_device, preload
+
+    # Core must fit the device before any of our modules takes a name out of it.
+    preload(choose_device(resolved.config.parallel.device))
+    from megatron_slm import run
+
+    return run.train(resolved, environment, fresh=fresh)
+
+
+def _summary(resolved: Resolved) -> str:
+    """How an accepted job would be divided."""
+    from megatron_slm.model.counts import flops_per_token, parameters
+    from megatron_slm.parallel.layout import Layout, split_layers
+
+    config, parallel, train = resolved.config, resolved.config.parallel, resolved.config.train
+    layout = Layout.from_config(parallel, parallel.world_size or parallel.model_parallel_size)
+    split = split_layers(
+        config.model.num_layers,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
+        loss_counts=parallel.account_for_loss_in_pipeline_split,
+    )
+    degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
+    microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
+    step = f"{microbatches}, each of {train.micro_batch_size} x {config.model.seq_length} tokens"
+    lines = [
+        f"ok: {config.name} ({config.stage})",
+        f"ranks: {layout.world_size} = {degrees}",
+        f"layers per pipeline stage: {', '.join('+'.join(map(str, chunks)) for chunks in split)}",
+        f"micro-batches per step and replica: {step}",
+    ]
+    if config.model.vocab_size is not None:
+        count = parameters(config.model, config.model.vocab_size)
+        flops = flops_per_token(config.model, config.model.vocab_size)
+        lines.append(f"parameters: {count:,}; model FLOPs per token, forward and backward: {flops:.3e}")
+    return "\n".join(lines)
+
+
+VERBS: Mapping[str, Verb] = {
+    "train": Verb("train a model, or resume a run", train),
+    "check": Verb("list every violated rule of a configuration, without torch", check),
+    "generate": Verb("continue a prompt with a trained model", generate),
+}
