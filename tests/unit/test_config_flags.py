@@ -44,7 +44,7 @@ def _another_value(name: str) -> str:
     if key.kind is bool:
         return "false" if key.default else "true"
     return {
-        int: str(3 + int(key.minimum or 0)),
+        int: str(max(3, int(key.minimum or 0))),
         float: "0.5" if (key.minimum or 0) <= 0.5 else "2.5",
         str: "other",
         tuple: "mlp",
