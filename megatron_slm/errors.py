@@ -22,7 +22,13 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Training has produced NaN or infinity; the run ends before anything of it is saved."""
+    """Training has produced NaN or infinity; the run ends before anything of it is applied."""
+
+    exit_code = 1
+
+
+class SpikeError(UserError):
+    """Loss or gradient norm has jumped and the run is to stop; nothing of that step was applied."""
 
     exit_code = 1
 

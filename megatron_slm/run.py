@@ -1,7 +1,7 @@
 """The composition root: a resolved configuration becomes layout, groups, data, model, optimizer, hooks; the loop runs.
 
-Read ``train`` first, top to bottom: it is the order in which things are built. The functions below it each build one
-part; a newcomer may skip them. This is the only file that knows all rooms.
+Read ``train`` and ``assembled`` first, top to bottom: it is the order in which things are built. The functions below
+them each build one part; a newcomer may skip them. This is the only file that knows all rooms.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,18 +30,49 @@ from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.specs import choose_spec
-from megatron_slm.run_data import Data, identity, open_data
-from megatron_slm.run_hooks import announce, build_hooks, layout_record, open_log, stop_rule, writes_log
+from megatron_slm.run_data import Data, data_record, identity, open_data
+from megatron_slm.run_hooks import (
+    announce,
+    batch_sizes,
+    build_hooks,
+    build_interventions,
+    identity_digest,
+    layout_record,
+    open_log,
+    stop_rule,
+    writes_log,
+)
 from megatron_slm.stages import pretrain
 from megatron_slm.train import run_directory
+from megatron_slm.train.ema import Ema
+from megatron_slm.train.guard import Guard
 from megatron_slm.train.loop import run_loop
+from megatron_slm.train.metrics_writer import MetricsWriter
 from megatron_slm.train.optimizer import build_optimizer
 from megatron_slm.train.optimizer_state import initialise_state
-from megatron_slm.train.origin import restore, verify_origin
+from megatron_slm.train.origin import Origin, restore, verify_origin
 from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.schedule import learning_rate
-from megatron_slm.train.step import StepPlan, TrainState
+from megatron_slm.train.step import StepInput, StepPlan, TrainState
+
+
+class Run(NamedTuple):
+    """Everything that taking steps needs, built; ``log`` is there on the rank that writes it."""
+
+    resolved: Resolved
+    layout: Layout
+    data: Data
+    directory: RunDirectory
+    stop: StopRequest
+    state: TrainState
+    plan: StepPlan
+    loader: TrainLoader
+    log: MetricsWriter | None
+
+    def inputs(self) -> Iterator[StepInput]:
+        """Global batches from wherever the state's cursor stands."""
+        return pretrain.step_inputs(self.loader, self.state, batch_sizes(self.resolved.config), self.plan.device)
 
 
 def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = False) -> int:
@@ -52,6 +83,29 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
 
     Returns:
         0 when the target was reached; 75 when the run was stopped and saved before.
+
+    Raises:
+        UserError: the configuration, the data or the checkpoint is refused; nothing was changed.
+    """
+    config = resolved.config
+    with assembled(resolved, environment, fresh=fresh) as run:
+        return run_loop(
+            run.state,
+            run.plan,
+            run.inputs(),
+            build_hooks(
+                resolved, run.data, run.plan, run.state, layout=run.layout, directory=run.directory, log=run.log
+            ),
+            train_iters=config.train.train_iters,
+            should_stop=stop_rule(config, run.stop),
+            guard=Guard(config.train, run.state.records.get("guard")),
+            interventions=build_interventions(resolved, run.data, run.loader, run.layout, run.directory, run.log),
+        )
+
+
+@contextmanager
+def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) -> Iterator[Run]:
+    """The parts of a run, which owns its directory, process groups and signals as long as it lasts. Collective.
 
     Raises:
         UserError: the configuration, the data or the checkpoint is refused; nothing was changed.
@@ -72,34 +126,33 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     master = (environment.master_addr, environment.master_port)
     bound = device_seam.bind(device, environment.local_rank)
     with (
-        own_directory(resolved, data, environment, device, fresh=fresh) if environment.rank == 0 else nullcontext(),
+        own_directory(resolved, data, environment, device, fresh=fresh)
+        if environment.rank == 0
+        else nullcontext() as accepted,
         StopRequest() as stop,
         process_groups(
             config.parallel, device=device, rank=environment.rank, world_size=environment.world_size, master=master
         ) as groups,
     ):
         state, spec_reason = build_state(config, data, groups, bound, vocab_size)
-        origin = restore(state, config, directory.checkpoints, layout=layout_record(layout))
+        warning, origin = restore(state, config, accepted, layout=layout_record(layout))
         log = open_log(config, directory, layout, device, vocab_size, state.step) if writes_log(environment) else None
         if log is not None:
-            announce(log, config, layout, vocab_size, [spec_reason, origin])
+            announce(log, config, layout, vocab_size, [spec_reason, *origin])
+            if warning is not None:
+                log.warn(warning)
         plan = step_plan(config, groups, bound)
-        inputs = pretrain.step_inputs(
-            train_loader(config, data, groups), state.cursor, config.train.global_batch_size, bound
-        )
-        hooks = build_hooks(resolved, data, plan, layout, directory, log)
-        code = run_loop(
-            state, plan, inputs, hooks, train_iters=config.train.train_iters, should_stop=stop_rule(config, stop)
-        )
+        yield Run(resolved, layout, data, directory, stop, state, plan, train_loader(config, data, groups), log)
         dist.barrier()  # a rank that leaves first would end another's last exchange
-    return code
 
 
 @contextmanager
 def own_directory(
     resolved: Resolved, data: Data, environment: RankEnvironment, device: str, *, fresh: bool
-) -> Iterator[None]:
+) -> Iterator[Origin]:
     """Take the run's directory for as long as the run lasts: create it, or accept the one there. Rank 0 alone.
+
+    Gives what the run's state is to be read from.
 
     Raises:
         CheckpointError: another job uses it, it holds another run, or what it would resume is damaged;
@@ -111,11 +164,13 @@ def own_directory(
         if not fresh:
             run_directory.check(resolved, identity=fields)
         start = Cursor.start(data.order, data.tokenizer.hash)
-        verify_origin(resolved.config, directory.checkpoints, start, fresh=fresh)
+        digest = identity_digest(resolved, data)
+        origin = verify_origin(resolved.config, directory.checkpoints, start, digest, fresh=fresh)
         run_directory.prepare(
             resolved,
             identity=fields,
             fresh=fresh,
+            data=data_record(data),
             environment={
                 "launcher": environment.launcher,
                 "world_size": environment.world_size,
@@ -123,7 +178,7 @@ def own_directory(
                 "threads_per_rank": torch.get_num_threads(),
             },
         )
-        yield
+        yield origin
 
 
 def build_state(
@@ -134,7 +189,15 @@ def build_state(
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
     spec, norm, reason = choose_spec(device.type, packed_documents=config.data.reset_attention_mask)
     chunks = build_chunks(
-        config.model, core, groups, vocab_size=vocab_size, seed=config.train.seed, spec=(spec, norm), device=device
+        config.model,
+        core,
+        groups,
+        vocab_size=vocab_size,
+        seed=config.train.seed,
+        spec=(spec, norm),
+        device=device,
+        z_loss_coefficient=config.train.z_loss_coefficient,
+        label_smoothing=config.train.label_smoothing,
     )
     half = config.precision.bf16
     chunks = wrap(
@@ -153,15 +216,18 @@ def build_state(
         width_multiplier=config.model.width_multiplier,
     )
     initialise_state(optimizer)
-    return TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash)), reason
+    state = TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash))
+    if config.train.ema_decay is not None:
+        state.parts["ema"] = Ema(optimizer, chunks, decay=config.train.ema_decay, groups=groups)
+    return state, reason
 
 
 def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
     """Training samples of this data-parallel rank."""
     return TrainLoader(
         data.train,
-        data.order,
         config=config.data,
+        seq_length=config.model.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
@@ -171,7 +237,7 @@ def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
 def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
     """What every step of the run has in common."""
     return StepPlan(
-        loss=pretrain.loss,
+        loss=pretrain.loss_function(config.train),
         learning_rate=partial(
             learning_rate, schedule=config.schedule, optimizer=config.optimizer, train_iters=config.train.train_iters
         ),
@@ -179,4 +245,5 @@ def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
         seq_length=config.model.seq_length,
         groups=groups,
         device=device,
+        logged=pretrain.logged(config.train),
     )

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config import mixture_text
+from megatron_slm.config.load import load
 from megatron_slm.config.run_config import RunConfig
+from megatron_slm.data.batch import Samples
 from megatron_slm.data.corpus import HASH_LIMIT_BYTES, Corpus
+from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.mixture import MixtureOrder, Source
 from megatron_slm.data.order import SampleOrder
+from megatron_slm.data.replay import ReplayedSamples
+from megatron_slm.data.resume import check_resume
+from megatron_slm.data.shares import configured_phases
 from megatron_slm.data.tokenizer import Tokenizer
-from megatron_slm.errors import DataError
+from megatron_slm.errors import CheckpointError, DataError
+from megatron_slm.train import recovery
 from megatron_slm.train.origin import shape
+
+GOVERNED_BY_CURSOR = (
+    "data_path", "sources", "weights", "temperature", "phases", "loss_aware_strength", "replay_run", "replay_share",
+)  # fmt: skip
+"""Keys that say which samples come when. They are compared by what they amount to (``data/resume.py``), and may change
+for samples to come; paths are no identity at all."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The corpus of a run: both splits, the tokenizer they were made with, and the order of training."""
+    """What a run reads: by source, the samples it trains on and, where it validates, the held-out split; the tokenizer
+    they were all made with; the order of training.
+    """
 
-    train: Corpus
-    valid: Corpus | None
+    train: Mapping[str, Samples]
+    valid: Mapping[str, Corpus]
     tokenizer: Tokenizer
-    order: SampleOrder
+    order: MixtureOrder
 
 
 def open_data(config: RunConfig, *, verify: bool = False) -> Data:
-    """Both splits and their tokenizer, whose hash must be the one in each of them.
+    """Every source's splits and their tokenizer, whose hash must be the one in each of them.
 
     Args:
         verify: compare the hashes of corpora up to ``HASH_LIMIT_BYTES`` too, not the sizes of files alone.
@@ -33,28 +51,74 @@ def open_data(config: RunConfig, *, verify: bool = False) -> Data:
     Raises:
         DataError: something is missing, damaged or does not belong together.
     """
-    assert config.data.data_path is not None, "config/files.py refuses a run without data.data_path"
-    path = Path(config.data.data_path)
-    train = open_corpus(path / "train", verify=verify)
-    valid = open_corpus(path / "valid", verify=verify) if config.train.eval_iters else None
-    model = Path(config.tokenizer.tokenizer_model or path / "tokenizer" / "tokenizer.model")
-    for corpus in filter(None, (train, valid)):
-        tokenizer = Tokenizer.open(model, expected_hash=corpus.tokenizer_hash)
-        if not corpus.num_samples(config.model.seq_length):
+    paths, length = source_paths(config), config.model.seq_length
+    train = {name: open_corpus(path / "train", verify=verify) for name, path in paths.items()}
+    held_out = paths if config.train.eval_iters else {}
+    valid = {name: open_corpus(path / "valid", verify=verify) for name, path in held_out.items()}
+    tokenizer = _open_tokenizer(config, next(iter(paths.values())), [*train.values(), *valid.values()])
+    for corpus in (*train.values(), *valid.values()):
+        if not corpus.num_samples(length):
             raise DataError(
                 f"{corpus.directory} has {corpus.num_tokens} tokens, too few for one sample of model.seq_length "
-                f"{config.model.seq_length}; prepare more text, lower model.seq_length, or set train.eval_iters=0"
+                f"{length}; prepare more text, lower model.seq_length, or set train.eval_iters=0"
             )
-    order = SampleOrder(
-        train.num_samples(config.model.seq_length), data_seed(config), train.digest, config.model.seq_length
-    )
-    return Data(train, valid, tokenizer, order)
+    seed = data_seed(config)
+    sources = [
+        Source(name, SampleOrder(corpus.num_samples(length), seed, corpus.digest, length))
+        for name, corpus in train.items()
+    ]
+    samples: dict[str, Samples] = dict(train)
+    if config.data.replay_run is not None:
+        replayed = open_replay(config, tokenizer, verify=verify)
+        samples[mixture_text.REPLAY] = replayed
+        sources.append(Source(mixture_text.REPLAY, replayed.order(seed)))
+    _refuse_twins(sources)
+    phases = configured_phases(config.data, {name: corpus.num_tokens for name, corpus in train.items()})
+    return Data(samples, valid, tokenizer, MixtureOrder(tuple(sources), phases))
+
+
+def source_paths(config: RunConfig) -> dict[str, Path]:
+    """The prepared corpus of each source; a single one is named as its directory is."""
+    if config.data.sources:
+        return {name: Path(path) for name, path in mixture_text.sources(config.data.sources).items()}
+    assert config.data.data_path is not None, "config/files.py refuses a run without data"
+    path = Path(config.data.data_path)
+    return {path.resolve().name or "corpus": path}
 
 
 def open_corpus(directory: Path, *, verify: bool) -> Corpus:
     """One split, hashed where that is asked for and takes seconds."""
     corpus = Corpus.open(directory)
     return Corpus.open(directory, verify="hash") if verify and corpus.num_bytes <= HASH_LIMIT_BYTES else corpus
+
+
+def open_replay(config: RunConfig, tokenizer: Tokenizer, *, verify: bool) -> ReplayedSamples:
+    """The samples that the run ``data.replay_run`` has trained on up to its newest checkpoint, out of its own corpora.
+
+    Raises:
+        DataError: there is no such run, it has another tokenizer or sequence length, or its corpora are not there any
+            more as they were.
+    """
+    named = f"data.replay_run={config.data.replay_run}"
+    try:
+        found = recovery.find(Path(str(config.data.replay_run)))
+        cursor = Cursor.from_dict(found.state.cursor)
+        earlier = load(found.path / "config.yaml", ["train.eval_iters=0", "train.eval_interval=null"]).config
+        data = open_data(earlier, verify=verify)
+        cursor = check_resume(cursor, Cursor.start(data.order, data.tokenizer.hash)).cursor
+    except (CheckpointError, DataError) as error:
+        raise DataError(f"{named} cannot be replayed: {error}") from error
+    if data.tokenizer.hash != tokenizer.hash:
+        raise DataError(f"{named} has another tokenizer ({data.tokenizer.hash}) than this run ({tokenizer.hash}).")
+    if cursor.seq_length != config.model.seq_length:
+        raise DataError(
+            f"{named} has samples of {cursor.seq_length} tokens, this run of {config.model.seq_length}; set "
+            f"model.seq_length={cursor.seq_length}, or give its corpora as data.sources."
+        )
+    replayed = ReplayedSamples(data.train, cursor)
+    if not replayed.num_samples:
+        raise DataError(f"{named} has trained on nothing yet; leave data.replay_run out.")
+    return replayed
 
 
 def data_seed(config: RunConfig) -> int:
@@ -64,7 +128,8 @@ def data_seed(config: RunConfig) -> int:
 
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
     """What makes two runs the same run: model, data and seed, derived values filled in."""
-    options = {key: value for key, value in asdict(config.data).items() if key != "data_path"}
+    options = {key: value for key, value in asdict(config.data).items() if key not in GOVERNED_BY_CURSOR}
+    first = data.order.phases[0].shares
     return {
         "model": {
             **asdict(config.model),
@@ -75,8 +140,49 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
         "data": {
             **options,
             "data_seed": data_seed(config),
-            "dataset_digest": data.train.digest,
+            # Of the sources that the run begins with; what comes later is compared with what was read by then.
+            "dataset_digest": sorted(source.order.digest for source in data.order.sources if source.name in first),
             "tokenizer_hash": data.tokenizer.hash,
         },
         "seed": config.train.seed,
     }
+
+
+def data_record(data: Data) -> dict[str, Any]:
+    """What the run's directory keeps of its data: of each source, where it came from, its licence and its hash."""
+    record: dict[str, Any] = {"tokenizer_hash": data.tokenizer.hash, "sources": {}}
+    for name, samples in data.train.items():
+        if isinstance(samples, Corpus):
+            record["sources"][name] = {
+                "directory": str(samples.directory.parent.absolute()),
+                "digest": samples.digest,
+                "documents": samples.num_documents,
+                "tokens": samples.num_tokens,
+                "made_from": samples.sources,
+            }
+        elif isinstance(samples, ReplayedSamples):
+            record["sources"][name] = {"digest": samples.digest, "replayed_samples": samples.num_samples}
+    return record
+
+
+def _open_tokenizer(config: RunConfig, path: Path, corpora: list[Corpus]) -> Tokenizer:
+    """The tokenizer of all ``corpora``, by default the one in ``path``."""
+    for corpus in corpora:
+        one, other = ((known.tokenizer_hash, known.eod_id) for known in (corpora[0], corpus))
+        if one != other:
+            raise DataError(
+                f"{corpora[0].directory} and {corpus.directory} were made with different tokenizers (hash {one[0]} "
+                f"with end-of-document token {one[1]}, and {other[0]} with {other[1]}): the same ids mean other text. "
+                "Prepare one of them again with the other's tokenizer (--tokenizer-model)."
+            )
+    model = Path(config.tokenizer.tokenizer_model or path / "tokenizer")
+    return Tokenizer.open(model, expected_hash=corpora[0].tokenizer_hash)
+
+
+def _refuse_twins(sources: list[Source]) -> None:
+    names: dict[str, str] = {}
+    for source in sources:
+        if (twin := names.setdefault(source.order.digest, source.name)) != source.name:
+            raise DataError(
+                f"The sources {twin} and {source.name} hold the same tokens; give them once, with both weights."
+            )

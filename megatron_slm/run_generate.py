@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_slm.config.load import load
-from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.tokenizer import Tokenizer, find_tokenizer
 from megatron_slm.launch.port import reserve_port
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.config import ParallelConfig
 
 
 def generate(
-    run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int
+    run: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int, seed: int, ema: bool = False
 ) -> Iterator[str]:
     """Pieces of text after ``prompt``. The checkpoint may have been saved under any layout.
 
     Args:
-        run: a run's directory, or one of its checkpoints.
+        run: a run's directory, whose newest whole checkpoint is used, or one of its checkpoints.
+        ema: use the averages of the weights.
 
     Raises:
-        CheckpointError, DataError: nothing to load, or damaged, or the weights are not finite.
+        CheckpointError, DataError: nothing to load, or what is named is damaged, or has no averages, or the weights are
+            not finite.
     """
     device = device_seam.choose_device("auto")
     device_seam.preload(device)
@@ -30,15 +33,15 @@ def generate(
     from megatron_slm.parallel.groups import process_groups
     from megatron_slm.parallel.specs import choose_spec
     from megatron_slm.rollout.sample import Sampling, continuation
-    from megatron_slm.train import checkpoint, publish
+    from megatron_slm.train import checkpoint, recovery
     from megatron_slm.train.random_state import RandomState
 
-    source = checkpoint.find(run)
-    publish.verify(source)
+    found = recovery.find(run)
+    if found.warning is not None:
+        print(f"warning: {found.warning}", file=sys.stderr)
+    source = found.path
     config = load(source / "config.yaml").config
-    tokenizer = Tokenizer.open(
-        source / "tokenizer" / "tokenizer.model", expected_hash=checkpoint.read_state(source).tokenizer_hash
-    )
+    tokenizer = Tokenizer.open(find_tokenizer(source / "tokenizer"), expected_hash=found.state.tokenizer_hash)
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     alone = ParallelConfig()
     bound = device_seam.bind(device, 0)
@@ -51,7 +54,7 @@ def generate(
             chunks = build_chunks(
                 config.model, core, groups, vocab_size=vocab_size, seed=0, spec=(spec, norm), device=bound
             )
-            checkpoint.load_weights(source, chunks)
+            checkpoint.load_weights(source, chunks, ema=ema)
             model = chunks[0].eval()
             prompt_ids = tokenizer.encode(prompt)
             ids = continuation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,109 +12,162 @@ import torch.distributed as dist
 
 from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.data.loader import ValidLoader
-from megatron_slm.evaluate.perplexity import held_out
+from megatron_slm.data.loader import TrainLoader
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
 from megatron_slm.model.counts import flops_per_token, parameters
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
+from megatron_slm.parallel.groups import background_group
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.run_data import Data
-from megatron_slm.stages import pretrain
-from megatron_slm.train import checkpoint
+from megatron_slm.run_data import Data, identity
+from megatron_slm.run_validation import evaluation
+from megatron_slm.train import checkpoint, origin, run_directory
+from megatron_slm.train.attribution import investigation
+from megatron_slm.train.batch_size import global_batch_size_at
+from megatron_slm.train.early_stopping import EarlyStopping
 from megatron_slm.train.hook import Hook
 from megatron_slm.train.hooks import CheckpointHook, ValidationHook
+from megatron_slm.train.intervention import Interventions
+from megatron_slm.train.layer_norms import LayerNorms
 from megatron_slm.train.memory_use import memory_source
 from megatron_slm.train.metrics import Throughput
 from megatron_slm.train.metrics_writer import MetricsWriter
+from megatron_slm.train.noise_scale import NoiseScale
+from megatron_slm.train.retention import Retention
 from megatron_slm.train.run_directory import RunDirectory
+from megatron_slm.train.saved_state import SavedState
 from megatron_slm.train.step import StepPlan, TrainState
-
-
-def evaluation(
-    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
-) -> Callable[[TrainState], None]:
-    """A function that evaluates the held-out samples, the same ones each time, and reports the loss."""
-    assert data.valid is not None, "open_data opens the held-out split wherever eval_iters is not 0"
-    loader = ValidLoader(
-        data.valid,
-        config=config.data,
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=plan.groups.dp.rank(),
-        data_parallel_size=plan.groups.dp.size(),
-    )
-    interleaved = config.parallel.vpp_size > 1
-
-    def evaluate(state: TrainState) -> None:
-        steps = loader.steps(
-            config.train.eval_iters,
-            config.train.global_batch_size,
-            multiple=config.parallel.pipeline_model_parallel_size if interleaved else 1,
-        )
-        on_device = ([pretrain.to_device(batch, plan.device) for batch in step] for step in steps)
-        found = held_out(
-            state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
-        )
-        if log is not None:
-            log.validation(
-                found.loss, tokens=found.tokens, step=state.step, consumed_samples=state.cursor.consumed_samples
-            )
-
-    return evaluate
 
 
 def build_hooks(
     resolved: Resolved,
     data: Data,
     plan: StepPlan,
+    state: TrainState,
+    *,
     layout: Layout,
     directory: RunDirectory,
     log: MetricsWriter | None,
 ) -> list[Hook]:
-    """Log, validation, checkpoint. At the end they are called in reverse: the save comes first, the log closes last."""
+    """Log, averages, measurements, validation, checkpoint.
+
+    At the end they are called in reverse: the save comes first, the log closes last.
+    """
     config = resolved.config
     hooks: list[Hook] = [log] if log is not None else []
+    hooks += [part for part in state.parts.values() if isinstance(part, Hook)]
+    hooks += dynamics_hooks(config, plan, log)
     if config.train.eval_iters:
-        hooks.append(ValidationHook(evaluation(config, data, plan, log), config.train.eval_interval))
+        hooks.append(validation_hook(config, data, plan, state, log))
     if config.precision.fp64:
         # Core gathers optimizer state in fp32: such a checkpoint could not be resumed bitwise, so there is none.
         if log is not None:
             log.say("precision.fp64: no checkpoint is saved, because core stores optimizer states in fp32")
         return hooks
-    save = partial(save_checkpoint, resolved=resolved, data=data, layout=layout, directory=directory)
-    listeners = [hook for hook in hooks if hook is log]
-    hooks.append(CheckpointHook(save, config.checkpoint.save_interval, listeners))
+    hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
 
 
-def save_checkpoint(
-    state: TrainState, *, resolved: Resolved, data: Data, layout: Layout, directory: RunDirectory
-) -> Path:
-    """Write and publish the state's checkpoint. Collective."""
-    saved = checkpoint.SavedState(
-        step=state.step,
-        consumed_samples=state.cursor.consumed_samples,
-        cursor=state.cursor.to_dict(),
-        layout=layout_record(layout),
-        params_dtype=resolved.config.precision.params_dtype,
-        tokenizer_hash=data.tokenizer.hash,
+def dynamics_hooks(config: RunConfig, plan: StepPlan, log: MetricsWriter | None) -> list[Hook]:
+    """What measures the training itself, where it is asked for."""
+    hooks: list[Hook] = []
+    write = log.dynamics if log is not None else None
+    if config.log.noise_scale_interval is not None:
+        hooks.append(NoiseScale(config.log.noise_scale_interval, plan, write))
+    if config.log.layer_norms_interval is not None:
+        sharded = config.parallel.sequence_parallel
+        interval, layers = config.log.layer_norms_interval, config.model.num_layers
+        hooks.append(LayerNorms(interval, layers, plan.groups, sequence_parallel=sharded, write=write))
+    return hooks
+
+
+def validation_hook(
+    config: RunConfig, data: Data, plan: StepPlan, state: TrainState, log: MetricsWriter | None
+) -> ValidationHook:
+    """Evaluates the held-out samples, and ends the run early where that is configured."""
+    patience = config.train.early_stopping_patience
+    return ValidationHook(
+        evaluation(config, data, plan, log),
+        config.train.eval_interval,
+        EarlyStopping(patience, state.records.get("early_stopping")) if patience is not None else None,
+        log.say if log is not None else lambda line: None,
     )
 
-    def add_files(temporary: Path) -> None:
-        (temporary / "config.yaml").write_text(resolved.to_yaml())
-        checkpoint.write_tokenizer(data.tokenizer.model, temporary)
 
-    with gathered_parameters(state.chunks):
-        return checkpoint.save(
-            directory.checkpoints, saved, state.chunks, state.optimizer, state.random, add_files=add_files
+def checkpoint_hook(
+    resolved: Resolved, data: Data, layout: Layout, directory: RunDirectory, log: MetricsWriter | None
+) -> CheckpointHook:
+    """Saves the run as ``checkpoint`` in the configuration says. Collective."""
+    config = resolved.config.checkpoint
+
+    def add_files(temporary: Path) -> None:
+        (temporary / "config.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+        (temporary / "tokenizer").mkdir()
+        data.tokenizer.save(temporary / "tokenizer")
+
+    to = checkpoint.Destination(
+        directory.checkpoints,
+        identity=identity_digest(resolved, data),
+        add_files=add_files,
+        retention=Retention(config.keep_last, config.save_retain_interval),
+        group=background_group(resolved.config.parallel) if config.async_save else None,
+    )
+
+    def stage(state: TrainState) -> Callable[[], Path]:
+        saved = SavedState(
+            step=state.step,
+            consumed_samples=state.cursor.consumed_samples,
+            cursor=state.cursor.to_dict(),
+            layout=layout_record(layout),
+            params_dtype=resolved.config.precision.params_dtype,
+            tokenizer_hash=data.tokenizer.hash,
+            records=copy.deepcopy(state.records),
+            parts=sorted(state.parts),
         )
+        with gathered_parameters(state.chunks):
+            return partial(checkpoint.write, checkpoint.stage(saved, state, copy=config.async_save), to)
+
+    listeners, say = ([log], log.say) if log is not None else ([], lambda line: None)
+    return CheckpointHook(stage, config.save_interval, background=config.async_save, listeners=listeners, say=say)
+
+
+def identity_digest(resolved: Resolved, data: Data) -> str:
+    """Digest of what makes two runs the same run; every checkpoint carries it."""
+    return run_directory.digest(run_directory.identity_fields(resolved, identity(resolved.config, data)))
 
 
 def layout_record(layout: Layout) -> dict[str, int]:
     """The degrees under which random states have their owners."""
     return {"world_size": layout.world_size, "vpp": layout.vpp_size, **layout.sizes}
+
+
+def batch_sizes(config: RunConfig) -> Callable[[int], int]:
+    """Samples of the global batch that begins after so many samples."""
+    return partial(global_batch_size_at, train=config.train)
+
+
+def build_interventions(
+    resolved: Resolved,
+    data: Data,
+    loader: TrainLoader,
+    layout: Layout,
+    directory: RunDirectory,
+    log: MetricsWriter | None,
+) -> Interventions:
+    """How this run finds the origin of a value that is not finite, and how it rolls back."""
+
+    def roll_back(state: TrainState) -> str | None:
+        with gathered_parameters(state.chunks):
+            return origin.roll_back(
+                state, directory.checkpoints, identity_digest(resolved, data), layout=layout_record(layout)
+            )
+
+    return Interventions(
+        warn=log.warn if log is not None else lambda line: None,
+        investigate=investigation(loader),
+        roll_back=roll_back,
+    )
 
 
 def stop_rule(config: RunConfig, stop: StopRequest) -> Callable[[int], bool]:

@@ -67,6 +67,16 @@ def gathered_parameters(chunks: Sequence[Any]) -> Iterator[None]:
             chunk.enable_forward_pre_hook()
 
 
+def gather_parameters(chunks: Sequence[Any]) -> None:
+    """Bring every rank the whole parameters after their owners have changed them; collective.
+
+    To be called inside ``gathered_parameters``. Without the distributed optimizer each rank owns them all.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)
+
+
 def zero_gradients(chunks: Sequence[Any]) -> None:
     """Clear the gradient buffers and the bookkeeping of which gradients have arrived."""
     for chunk in chunks:

@@ -55,6 +55,14 @@ def build_groups(config: ParallelConfig) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def background_group(config: ParallelConfig) -> dist.ProcessGroup:
+    """A second group of all ranks over gloo, for one thread beside the training thread. Collective.
+
+    Two threads on one group would meet each other's exchanges; and what is written lies in host memory.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes))
+
+
 def destroy_groups() -> None:
     """Forget core's groups and leave the default group. Never raises: it runs while an error is on its way."""
     if parallel_state.model_parallel_is_initialized():

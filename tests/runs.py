@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,27 @@ def corpus(parent: Path) -> Path:
     return parent / "corpus"
 
 
-def train(directory: Path, data: Path, world_size: int, *overrides: str, fresh: bool = False) -> int:
-    """Train the tiny model as run ``directory``; returns the exit code."""
+def train(
+    directory: Path,
+    data: Path,
+    world_size: int,
+    *overrides: str,
+    fresh: bool = False,
+    plant: Callable[[], None] | None = None,
+) -> int:
+    """Train the tiny model as run ``directory``; returns the exit code.
+
+    Args:
+        plant: called in every rank before it trains, to plant a fault there.
+    """
     own = (f"name={directory.name}", f"log.runs_dir={directory.parent}", f"data.data_path={data}")
     given = {item.split("=")[0]: item for item in (*TINY, *own, *overrides)}
-    codes = run_ranks(_train, world_size, list(given.values()), fresh)
+    codes = run_ranks(_train, world_size, list(given.values()), fresh, plant)
     assert len(set(codes)) == 1, f"ranks returned different codes: {codes}"
     return int(codes[0])
 
 
-def _train(overrides: list[str], fresh: bool) -> int:
+def _train(overrides: list[str], fresh: bool, plant: Callable[[], None] | None = None) -> int:
     """One rank: leave the world ``run_ranks`` has made, and be a rank of ``mslm train``."""
     import torch.distributed as dist
 
@@ -72,6 +84,8 @@ def _train(overrides: list[str], fresh: bool) -> int:
     if os.environ.get("MSLM_TEST_CORE_OPTIMIZER"):
         # The test that shows why ``BucketwiseState`` is there trains once without it.
         optimizer_room.keep_buckets_in_place = lambda optimizer: None
+    if plant is not None:
+        plant()
     return run.train(load(None, overrides), environment, fresh=fresh)
 
 
@@ -100,21 +114,14 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def contents(checkpoint: Path) -> dict[str, Any]:
     """Everything a checkpoint stores, by name: tensors, random states, common state, cursor."""
-    return dict(run_ranks(_contents, 1, str(checkpoint))[0])
+    from megatron_slm.train import payload
+    from megatron_slm.train.payload_index import read_index
 
-
-def _contents(checkpoint: str) -> dict[str, Any]:
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-
-    path = Path(checkpoint)
-    found: dict[str, Any] = dict(dist_checkpointing.load_plain_tensors(checkpoint))
-    ranks = json.loads((path / "state.json").read_text())["layout"]["world_size"]
-    random = {f"random {rank}": ShardedObject("random", None, (ranks,), (rank,), replica_id=0) for rank in range(ranks)}
-    found |= dist_checkpointing.load(random, checkpoint, validate_access_integrity=False)
-    found["common"] = torch.load(path / "common.pt", weights_only=False)
-    found["state"] = json.loads((path / "state.json").read_text())
+    index = read_index(checkpoint)
+    found: dict[str, Any] = {name: payload.read_tensor(checkpoint, index, name) for name in index.tensors}
+    found |= {name: payload.read_object(checkpoint, index, name) for name in index.objects}
+    found["common"] = payload.read_common(checkpoint)
+    found["state"] = json.loads((checkpoint / "state.json").read_text())
     return found
 
 

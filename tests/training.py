@@ -53,7 +53,7 @@ def train(task: Task) -> Outcome | None:
     from megatron_slm.parallel.gradients import zero_gradients
     from megatron_slm.parallel.pipeline import run_schedule
     from megatron_slm.stages import pretrain
-    from megatron_slm.train.optimizer import set_learning_rate, update
+    from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
 
     groups, chunks, optimizer = build(task)
     outcome = Outcome(initial=global_tensors(chunks))
@@ -71,7 +71,8 @@ def train(task: Task) -> Outcome | None:
         if step == 0:
             outcome.gradients = global_tensors(chunks, reduced_gradients(chunks, optimizer))
         set_learning_rate(optimizer, task.optimizer.lr, task.optimizer.lr)
-        outcome.grad_norms.append(update(optimizer).grad_norm)
+        outcome.grad_norms.append(gradient_norm(optimizer))
+        apply_update(optimizer, outcome.grad_norms[-1])
         outcome.losses.append(mean_loss(logged, groups))
     with_full_parameters(chunks)
     outcome.weights = global_tensors(chunks)
@@ -101,6 +102,8 @@ def build(task: Task) -> tuple[Any, list[Any], Any]:
         seed=task.train.seed,
         spec=(spec, norm),
         device=torch.device("cpu"),
+        z_loss_coefficient=task.train.z_loss_coefficient,
+        label_smoothing=task.train.label_smoothing,
     )
     chunks = wrap(
         chunks,

@@ -108,7 +108,7 @@ def run_title(run: Path, config: RunConfig) -> str:
     vocab_size = config.model.vocab_size
     checkpoint = publish.latest(run / "checkpoints")
     if vocab_size is None and checkpoint is not None:
-        vocab_size = Tokenizer.open(checkpoint / "tokenizer" / "tokenizer.model").vocab_size
+        vocab_size = Tokenizer.open(checkpoint / "tokenizer").vocab_size
     if vocab_size is None:
         return str(config.name)
     return f"{config.name}: {short_count(parameters(config.model, vocab_size))} parameters"

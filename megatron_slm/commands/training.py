@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -25,28 +26,37 @@ if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
     from megatron_slm.launch.environment import RankEnvironment
 
+RANGE_TEST, DEFAULT_RANGE = "--lr-range-test", "1e-7:1"
+
 
 def train(name: str, tokens: Sequence[str]) -> int:
     """``mslm train``: every rank runs this under a launcher; without one, this process starts the ranks."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--fresh]",
+        "[CONFIG] [key=value | --flag ...] [--fresh | --lr-range-test [LOW:HIGH]]",
         "Train a model. A run whose directory exists is resumed. Under torchrun, srun or mpirun every process is one "
         "rank; otherwise mslm starts the ranks on this machine.",
         example="mslm train --preset tiny --data-path corpus --train-iters 100",
         notes=OVERRIDES,
     )
-    parser.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
-    own, rest = parser.parse_known_args(tokens)
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and start anew")
+    choice.add_argument(
+        RANGE_TEST,
+        metavar="LOW:HIGH",
+        help=f"instead, raise the learning rate from LOW to HIGH (default {DEFAULT_RANGE}) over train.train_iters "
+        "steps, draw the loss against it and suggest a rate; in a run directory of its own, NAME-lr-range-test",
+    )
+    own, rest = parser.parse_known_args(_with_range(tokens))
     from megatron_slm.launch.environment import from_environment
 
     environment = from_environment(os.environ)
     if environment is None:
-        return _start_ranks(accepted(rest, None), ["train", *tokens], fresh=own.fresh)
+        return _start_ranks(accepted(rest, None), ["train", *tokens], own)
     from megatron_slm.launch.rank import run_rank
 
     def entry(environment: RankEnvironment) -> int:
-        return _train_rank(accepted(rest, environment.world_size), environment, fresh=own.fresh)
+        return _train_rank(accepted(rest, environment.world_size), environment, own)
 
     return run_rank(environment, entry)
 
@@ -94,6 +104,7 @@ def generate(name: str, tokens: Sequence[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    parser.add_argument("--ema", action="store_true", help="use the averages of the weights (train.ema_decay)")
     own = parser.parse_args(tokens)
     if own.max_new_tokens < 1 or own.top_k < 1 or not 0 <= own.temperature < math.inf:  # nan is refused too
         raise ConfigError(
@@ -111,6 +122,7 @@ def generate(name: str, tokens: Sequence[str]) -> int:
         temperature=own.temperature,
         top_k=own.top_k,
         seed=own.seed,
+        ema=own.ema,
     ):
         print(unprinted + piece, end="", flush=True)
         unprinted = ""
@@ -118,7 +130,17 @@ def generate(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _start_ranks(resolved: Resolved, command: Sequence[str], *, fresh: bool) -> int:
+def _with_range(tokens: Sequence[str]) -> list[str]:
+    """The tokens, with the range that ``--lr-range-test`` has when none follows: argparse would take CONFIG for it."""
+    filled: list[str] = []
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=True):
+        filled.append(token)
+        if token == RANGE_TEST and (":" not in following or "=" in following):
+            filled.append(DEFAULT_RANGE)
+    return filled
+
+
+def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namespace) -> int:
     """Start the ranks on this machine and wait for them; ``command`` is the verb with its tokens."""
     from megatron_slm.launch.local import run_local
     from megatron_slm.parallel.device import choose_device, preload
@@ -131,7 +153,7 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], *, fresh: bool) -> 
         import megatron_slm.run  # noqa: F401  (once here instead of once in every rank)
 
     def entry(environment: RankEnvironment) -> int:
-        return _train_rank(resolved, environment, fresh=fresh)
+        return _train_rank(resolved, environment, own)
 
     return run_local(
         world_size,
@@ -142,15 +164,19 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], *, fresh: bool) -> 
     )
 
 
-def _train_rank(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) -> int:
-    """The work of one rank."""
+def _train_rank(resolved: Resolved, environment: RankEnvironment, own: argparse.Namespace) -> int:
+    """The work of one rank; ``own`` holds the verb's own options."""
     from megatron_slm.parallel.device import choose_device, preload
 
     # Core must fit the device before any of our modules takes a name out of it.
     preload(choose_device(resolved.config.parallel.device))
+    if own.lr_range_test is not None:
+        from megatron_slm import run_lr_range
+
+        return run_lr_range.range_test(resolved, environment, own.lr_range_test)
     from megatron_slm import run
 
-    return run.train(resolved, environment, fresh=fresh)
+    return run.train(resolved, environment, fresh=own.fresh)
 
 
 def _summary(resolved: Resolved) -> str:

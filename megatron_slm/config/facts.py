@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_slm.config.load import value_of
 from megatron_slm.config.run_config import RunConfig
@@ -23,6 +24,10 @@ class Facts:
     def cite(self, *keys: str) -> str:
         """The keys with their values and, where known, sources: ``train.seed = 3 (file x.yaml:2) and ...``."""
         return " and ".join(self._cite(key) for key in keys)
+
+    def value(self, key: str) -> Any:
+        """The key's value."""
+        return value_of(self.config, key)
 
     def is_set(self, key: str) -> bool:
         """Whether a key differs from its default."""

@@ -1,4 +1,4 @@
-"""The files that a run reads before its first step: are they there? Only the corpus's index is opened."""
+"""The files that a run reads before its first step: are they there? Only the corpora's indices are opened."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_slm.config import mixture_text
 from megatron_slm.config.facts import Facts
 from megatron_slm.config.run_config import RunConfig
+from megatron_slm.errors import ConfigError
 
 _PREPARE = "mslm data prepare TEXT.jsonl --output {path}"
 
@@ -20,26 +22,38 @@ def missing_inputs(config: RunConfig, *, provenance: Mapping[str, str] | None = 
         provenance: source of each value, named in the sentences.
     """
     facts = Facts(config, 1, provenance or {})
-    return [*_corpus(facts), *_tokenizer(facts), *_pretrained(facts)]
+    return [*_corpora(facts), *_tokenizer(facts), *_replayed(facts), *_pretrained(facts)]
 
 
-def _corpus(facts: Facts) -> Iterator[str]:
-    """The prepared corpus, with the index of its training split."""
-    path = facts.config.data.data_path
-    if path is None:
+def _corpora(facts: Facts) -> Iterator[str]:
+    """The prepared corpora, with the index of their training splits."""
+    data = facts.config.data
+    if data.sources:
+        try:
+            paths = mixture_text.sources(data.sources)
+        except ConfigError:
+            return  # a rule on the configuration speaks already
+        for name, path in paths.items():
+            yield from _corpus(facts, path, "data.sources", f", source {name}")
+    elif data.data_path is not None:
+        yield from _corpus(facts, data.data_path, "data.data_path")
+    else:
         yield (
             "data.data_path is not set: training needs a prepared corpus. Make one with "
-            f"`{_PREPARE.format(path='corpus')}`, then add data.data_path=corpus."
+            f"`{_PREPARE.format(path='corpus')}`, then add data.data_path=corpus; or name several with data.sources."
         )
-        return
+
+
+def _corpus(facts: Facts, path: str, key: str, source: str = "") -> Iterator[str]:
+    """One prepared corpus; ``source`` says which of several it is."""
     directory = Path(path)
-    cited = facts.cite("data.data_path")
+    cited = facts.cite(key) + source
     if not directory.is_dir():
         yield f"{cited}: there is no such directory. Make it with `{_PREPARE.format(path=path)}`."
         return
     index = directory / "train" / "index.json"
     if not index.is_file():
-        yield (f"{cited} is no prepared corpus: {index} is missing. Make it again with `{_PREPARE.format(path=path)}`.")
+        yield f"{cited} is no prepared corpus: {index} is missing. Make it again with `{_PREPARE.format(path=path)}`."
         return
     try:
         tokens = int(json.loads(index.read_text(encoding="utf-8"))["vocab_size"])
@@ -51,7 +65,7 @@ def _corpus(facts: Facts) -> Iterator[str]:
         return
     if tokens > (facts.config.model.vocab_size or tokens):
         yield (
-            f"{facts.cite('model.vocab_size', 'data.data_path')}: the corpus's tokenizer has {tokens} entries, more "
+            f"{facts.cite('model.vocab_size', key)}{source}: the corpus's tokenizer has {tokens} entries, more "
             f"than the model. Set model.vocab_size={tokens}, leave it out, or prepare the corpus with the model's "
             "tokenizer."
         )
@@ -66,6 +80,13 @@ def _tokenizer(facts: Facts) -> Iterator[str]:
             "take "
             "the tokenizer inside data.data_path."
         )
+
+
+def _replayed(facts: Facts) -> Iterator[str]:
+    """The run whose samples come again, where one is named."""
+    path = facts.config.data.replay_run
+    if path is not None and not Path(path).is_dir():
+        yield f"{facts.cite('data.replay_run')}: there is no such directory. Name a run's directory (runs/NAME)."
 
 
 def _pretrained(facts: Facts) -> Iterator[str]:

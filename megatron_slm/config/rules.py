@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from megatron_slm.config import rules_layout, rules_training
+from megatron_slm.config import rules_data, rules_dynamics, rules_layout, rules_training
 from megatron_slm.config.facts import Facts, nearest_divisors
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
@@ -161,6 +161,8 @@ RULES: tuple[Rule, ...] = (
     rotary_embedding,
     position_limit,
     document_positions,
+    *rules_data.RULES,
     *rules_layout.RULES,
     *rules_training.RULES,
+    *rules_dynamics.RULES,
 )

@@ -150,6 +150,23 @@ def batch(facts: Facts) -> Iterator[str]:
         )
 
 
+def noise_scale(facts: Facts) -> Iterator[str]:
+    """The noise scale compares a part of the step with the whole of it."""
+    train, parallel = facts.config.train, facts.config.parallel
+    interval, batch_size = "log.noise_scale_interval", "train.global_batch_size"
+    dp = facts.world_size // parallel.model_parallel_size
+    samples = train.micro_batch_size * dp
+    if facts.config.log.noise_scale_interval is None or not dp or train.global_batch_size % samples:
+        return  # not asked for, or another rule speaks already
+    part = parallel.pipeline_model_parallel_size if parallel.vpp_size > 1 else 1
+    if train.global_batch_size // samples <= part:
+        yield (
+            f"{facts.cite(interval, batch_size, 'train.micro_batch_size')}: the gradient of the first {part * samples} "
+            "samples is compared with that of the whole step, which must be larger. Smallest valid "
+            f"{batch_size}: {2 * part * samples}; or lower train.micro_batch_size, or leave {interval} out."
+        )
+
+
 def gradient_exchange(facts: Facts) -> Iterator[str]:
     """Options of the data-parallel exchange that core would ignore or refuse."""
     parallel = facts.config.parallel
@@ -201,6 +218,7 @@ RULES = (
     pipeline,
     world,
     batch,
+    noise_scale,
     gradient_exchange,
     backend,
 )

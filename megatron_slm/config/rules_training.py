@@ -117,6 +117,16 @@ def validation(facts: Facts) -> Iterator[str]:
         )
 
 
+def roll_back(facts: Facts) -> Iterator[str]:
+    """A roll-back needs checkpoints to go back to."""
+    for key in ("train.non_finite_policy", "train.spike_policy"):
+        if facts.value(key) == "rollback" and facts.config.checkpoint.save_interval is None:
+            yield (
+                f"{facts.cite(key, 'checkpoint.save_interval')}: without checkpoints during the run there is nothing "
+                "to roll back to. Set checkpoint.save_interval to a number of steps, or the policy to skip or stop."
+            )
+
+
 def learning_rate(facts: Facts) -> Iterator[str]:
     """The optimizer's numbers make sense together."""
     optimizer = facts.config.optimizer
@@ -176,6 +186,7 @@ RULES = (
     recompute_modules,
     recompute_bounds,
     validation,
+    roll_back,
     learning_rate,
     constant_rate,
     schedule,

@@ -2,58 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.order import SampleOrder
+from megatron_slm.data.mixture import MixtureOrder
 
 Batch = dict[str, torch.Tensor]
 
 
+class Samples(Protocol):
+    """A source of samples: a corpus, or what another run has read of some."""
+
+    @property
+    def eod_id(self) -> int:
+        """The end-of-document token."""
+
+    def sample(self, index: int, seq_length: int) -> np.ndarray:
+        """Tokens [seq_length + 1] of a sample: the inputs, and the last label."""
+
+
 def build_batch(
-    corpus: Corpus,
-    order: SampleOrder,
+    corpora: Mapping[str, Samples],
+    order: MixtureOrder,
     positions: Sequence[int],
     *,
-    seq_length: int,
     eod_id: int,
     reset_attention_mask: bool = False,
     reset_position_ids: bool = False,
     eod_mask_loss: bool = False,
+    windows: Sequence[int] | None = None,
 ) -> Batch:
-    """The samples at ``positions`` of ``order``; see :func:`build_samples` for the tensors."""
-    assert order.seq_length == seq_length, f"the order is for {order.seq_length} tokens, not {seq_length}"
+    """The samples at ``positions`` of ``order``, out of ``corpora`` by source; see :func:`build_samples`."""
+    rows: list[np.ndarray | None] = []
+    for position in positions:
+        found = order.sample_id(position)
+        rows.append(corpora[found.source].sample(found.index, order.seq_length))
     return build_samples(
-        corpus,
-        [order.sample_id(position).index for position in positions],
-        seq_length=seq_length,
+        rows,
+        seq_length=order.seq_length,
         eod_id=eod_id,
         reset_attention_mask=reset_attention_mask,
         reset_position_ids=reset_position_ids,
         eod_mask_loss=eod_mask_loss,
+        windows=windows,
     )
 
 
 def build_samples(
-    corpus: Corpus,
-    indices: Sequence[int | None],
+    rows: Sequence[np.ndarray | None],
     *,
     seq_length: int,
     eod_id: int,
     reset_attention_mask: bool = False,
     reset_position_ids: bool = False,
     eod_mask_loss: bool = False,
+    windows: Sequence[int] | None = None,
 ) -> Batch:
-    """Samples by their index in the corpus; ``None`` is a slot without a sample, whose whole loss is masked.
+    """A batch of samples; ``None`` is a slot without a sample, whose whole loss is masked.
 
     Args:
+        rows: tokens [S + 1] of each sample.
         reset_attention_mask: add ``document_ids``; tokens attend within equal ids only.
         reset_position_ids: positions restart at 0 after every end-of-document token.
         eod_mask_loss: no loss where the *input* is the end-of-document token, as in Megatron: what follows it is
             the beginning of an unrelated document.
+        windows: tokens of a window, for each row a divisor of S. Every window begins as a document does, for
+            ``document_ids`` and ``position_ids``.
 
     Returns:
         ``tokens``, ``labels``, ``position_ids`` int64 [B, S], ``loss_mask`` float32 [B, S], and with
@@ -61,22 +78,23 @@ def build_samples(
         end-of-document token belonging to the document it ends. Nothing is shared with the memory-mapped files.
     """
     # The slot without a sample holds end-of-document tokens: valid ids, and each its own document.
-    stream = np.full((len(indices), seq_length + 1), eod_id, dtype=np.int64)
-    for row, index in enumerate(indices):
-        if index is not None:
-            start = index * seq_length
-            stream[row] = corpus.tokens(start, start + seq_length + 1)
+    stream = np.full((len(rows), seq_length + 1), eod_id, dtype=np.int64)
+    for row, tokens in enumerate(rows):
+        if tokens is not None:
+            stream[row] = tokens
     tokens, labels = np.ascontiguousarray(stream[:, :-1]), np.ascontiguousarray(stream[:, 1:])
     loss_mask = np.ones(tokens.shape, dtype=np.float32)
     if eod_mask_loss:
         loss_mask[tokens == eod_id] = 0.0
-    loss_mask[[row for row, index in enumerate(indices) if index is None]] = 0.0
+    loss_mask[[row for row, found in enumerate(rows) if found is None]] = 0.0
     position_ids = np.broadcast_to(np.arange(seq_length, dtype=np.int64), tokens.shape)
     arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
     if reset_position_ids or reset_attention_mask:
         # True where a document begins: after every end-of-document token, so that the token itself ends its document.
         begins = np.zeros(tokens.shape, dtype=bool)
         begins[:, 1:] = tokens[:, :-1] == eod_id
+        for row, window in enumerate(windows or ()):
+            begins[row, window::window] = True
         if reset_attention_mask:
             arrays["document_ids"] = np.cumsum(begins, axis=1, dtype=np.int64)
         if reset_position_ids:

@@ -50,9 +50,9 @@ class Corpus:
         """
         assert verify in ("size", "hash"), f"verify is size or hash, not {verify}"
         root = Path(directory)
-        index = _read_index(root / INDEX_NAME)
+        index = read_index(root / INDEX_NAME)
         try:
-            shards = [_map_shard(root / shard["file"], shard, index["dtype"], verify) for shard in index["shards"]]
+            shards = [map_shard(root / shard["file"], shard, index["dtype"], verify) for shard in index["shards"]]
             corpus = Corpus(root, index, shards)
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -64,7 +64,7 @@ class Corpus:
                 f"{corpus._starts[-1]}. {REMEDY}"
             )
         if verify == "hash":
-            corpus._verify_digest(np.dtype(index["dtype"]))
+            corpus.verify_digest(np.dtype(index["dtype"]))
         return corpus
 
     @property
@@ -99,6 +99,10 @@ class Corpus:
         joined.flags.writeable = False
         return joined
 
+    def sample(self, index: int, seq_length: int) -> np.ndarray:
+        """Tokens [seq_length + 1] of a sample: its inputs and the last label."""
+        return self.tokens(index * seq_length, (index + 1) * seq_length + 1)
+
     def files_of(self, start: int, stop: int) -> list[str]:
         """Names of the shards that hold tokens ``start`` .. ``stop`` (not included)."""
         if start >= stop:
@@ -109,7 +113,12 @@ class Corpus:
     def _shard_range(self, start: int, stop: int) -> tuple[int, int]:
         return bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop) - 1
 
-    def _verify_digest(self, dtype: np.dtype[Any]) -> None:
+    def verify_digest(self, dtype: np.dtype[Any]) -> None:
+        """Compare the whole stream with the digest that the index promises.
+
+        Raises:
+            DataError: they differ.
+        """
         content = ContentDigest(
             dtype=dtype, vocab_size=self.vocab_size, eod_id=self.eod_id, tokenizer_hash=self.tokenizer_hash
         )
@@ -122,7 +131,12 @@ class Corpus:
             )
 
 
-def _read_index(path: Path) -> dict[str, Any]:
+def read_index(path: Path) -> dict[str, Any]:
+    """What ``index.json`` says of a split.
+
+    Raises:
+        DataError: it is missing or damaged, or of another version.
+    """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -141,7 +155,16 @@ def _read_index(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _map_shard(path: Path, facts: dict[str, Any], dtype: str, verify: str) -> np.ndarray:
+def map_shard(path: Path, facts: dict[str, Any], dtype: str, verify: str) -> np.ndarray:
+    """Tokens [n] of one shard, read-only, as a view of the file.
+
+    Args:
+        facts: what the index says of the shard.
+        verify: as of :meth:`Corpus.open`.
+
+    Raises:
+        DataError: the file is missing, damaged or another one.
+    """
     try:
         num_bytes = path.stat().st_size
         if num_bytes != facts["bytes"]:

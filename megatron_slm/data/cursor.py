@@ -1,139 +1,178 @@
-"""Where the run stands in its data, as it is stored in a checkpoint, and whether a resume would go on there."""
+"""Where the run stands in its data, as it is stored in a checkpoint."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from megatron_slm.data.order import ORDER_VERSION, SampleOrder
-from megatron_slm.errors import CheckpointError
+from megatron_slm.data.mixture import MIXTURE_VERSION, MixtureOrder, Phase, Source
+from megatron_slm.data.order import SampleOrder
+from megatron_slm.errors import CheckpointError, DataError
 
 PREVIEW_SAMPLES = 64
-"""A stored cursor carries the digest of this many samples that come next."""
-
-IDENTITY = {
-    "dataset_digest": "the corpus has other tokens; point data.data_path at the corpus the run was started with",
-    "tokenizer_hash": "the same ids mean other text; use the tokenizer the run was started with",
-    "seed": "set data.data_seed (or train.seed) back",
-    "seq_length": "samples are cut elsewhere; set model.seq_length back",
-    "num_samples": "an epoch has another length; point data.data_path at the corpus the run was started with",
-    "order_version": "this program shuffles differently; resume with the version that wrote the checkpoint",
-}
-"""Every field that decides which samples come next, with the remedy for a change. Batch sizes, ranks and the target
-length are absent: they do not enter the order."""
+"""A stored cursor carries what its rolling digest will be after this many more samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
     """The data position of a run.
 
-    ``rolling_digest`` is a chain of blake2b over the ids of all consumed samples in global order: two runs with the
-    same digest have trained on the same data in the same order, whatever their layouts and batch sizes.
+    Attributes:
+        order: what comes at which position.
+        consumed_samples: the position: samples trained on and passed over since the start of the run.
+        skipped: ranges of positions that were passed over without training, ``(start, stop)`` in ascending order.
+        rolling_digest: a chain of blake2b over the ids of all samples trained on, in global order: two runs with the
+            same digest have trained on the same data in the same order, whatever their layouts and batch sizes.
     """
 
-    consumed_samples: int
-    dataset_digest: str
-    seed: int
-    seq_length: int
-    num_samples: int
-    order_version: int
+    order: MixtureOrder
     tokenizer_hash: str
+    consumed_samples: int
+    skipped: tuple[tuple[int, int], ...]
     rolling_digest: str
 
     @staticmethod
-    def start(order: SampleOrder, tokenizer_hash: str) -> Cursor:
+    def start(order: MixtureOrder, tokenizer_hash: str) -> Cursor:
         """The cursor of a run that has consumed nothing."""
         return Cursor(
-            consumed_samples=0,
-            dataset_digest=order.digest,
-            seed=order.seed,
-            seq_length=order.seq_length,
-            num_samples=order.num_samples,
-            order_version=ORDER_VERSION,
+            order=order,
             tokenizer_hash=tokenizer_hash,
-            rolling_digest=_digest(f"{order.digest} {order.seq_length}".encode()).hex(),
+            consumed_samples=0,
+            skipped=(),
+            rolling_digest=_digest(f"{order.seq_length}".encode()).hex(),
         )
 
     @property
-    def order(self) -> SampleOrder:
-        """The order this cursor moves along."""
-        return SampleOrder(self.num_samples, self.seed, self.dataset_digest, self.seq_length)
+    def seq_length(self) -> int:
+        """Tokens of one sample."""
+        return self.order.seq_length
 
     @property
-    def epoch(self) -> int:
-        """Complete passes over the corpus."""
-        return self.consumed_samples // self.num_samples
+    def skipped_samples(self) -> int:
+        """Positions passed over without training."""
+        return sum(stop - start for start, stop in self.skipped)
+
+    @property
+    def consumed_by_source(self) -> dict[str, int]:
+        """Samples of each source before the position; those passed over are among them."""
+        counts = self.order.counts(self.consumed_samples).tolist()
+        return {source.name: count for source, count in zip(self.order.sources, counts, strict=True)}
 
     def advance(self, global_batch_size: int) -> Cursor:
-        """The cursor after the next ``global_batch_size`` samples."""
+        """The cursor after training on the next ``global_batch_size`` samples."""
         stop = self.consumed_samples + global_batch_size
         digest = _chain(self.order, self.consumed_samples, stop, bytes.fromhex(self.rolling_digest))
         return dataclasses.replace(self, consumed_samples=stop, rolling_digest=digest.hex())
 
+    def skip(self, samples: int) -> Cursor:
+        """The cursor after passing over the next ``samples`` without training on them."""
+        if not samples:
+            return self
+        start, stop = self.consumed_samples, self.consumed_samples + samples
+        earlier = self.skipped
+        if earlier and earlier[-1][1] == start:
+            start, earlier = earlier[-1][0], earlier[:-1]
+        return dataclasses.replace(self, consumed_samples=stop, skipped=(*earlier, (start, stop)))
+
+    def with_phase(self, weights: Mapping[str, Fraction]) -> Cursor:
+        """The cursor of a run that decides itself which shares hold from here on, until a configured phase."""
+        phase = Phase.of(self.consumed_samples, weights, adaptive=True)
+        if phase.parts == self.order.phase_at(self.consumed_samples).parts:
+            return self
+        return dataclasses.replace(self, order=self.order.with_phase(phase))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the checkpoint, with the digest of the samples that come next."""
-        return {**dataclasses.asdict(self), "next_samples_digest": self._preview()}
+        return {
+            "order_version": MIXTURE_VERSION,
+            "tokenizer_hash": self.tokenizer_hash,
+            "seq_length": self.order.seq_length,
+            "sources": [
+                {
+                    "name": source.name,
+                    "dataset_digest": source.order.digest,
+                    "num_samples": source.order.num_samples,
+                    "seed": source.order.seed,
+                }
+                for source in self.order.sources
+            ],
+            "phases": [
+                {"start": phase.start, "parts": dict(phase.parts), "adaptive": phase.adaptive}
+                for phase in self.order.phases
+            ],
+            "consumed_samples": self.consumed_samples,
+            "consumed_by_source": self.consumed_by_source,
+            "skipped": [list(bounds) for bounds in self.skipped],
+            "rolling_digest": self.rolling_digest,
+            "next_samples_digest": self._preview(),
+        }
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> Cursor:
         """The cursor that :meth:`to_dict` wrote.
 
         Raises:
-            CheckpointError: fields are missing or unknown, or the samples that come next are not the stored ones.
+            CheckpointError: another version wrote it, fields are missing, unknown or of a wrong kind, or the samples
+                that come next are not the stored ones.
         """
-        names = {field.name for field in dataclasses.fields(Cursor)} | {"next_samples_digest"}
-        if set(stored) != names:
+        version = stored.get("order_version")
+        if version != MIXTURE_VERSION:
             raise CheckpointError(
-                f"The data cursor of the checkpoint is damaged: fields {sorted(set(stored) ^ names)} are missing or "
-                "unknown. Resume from an earlier checkpoint."
+                f"order_version: {version} in the checkpoint, {MIXTURE_VERSION} now: this program reads its data in "
+                "another order; resume with the version that wrote the checkpoint, or take its weights alone with "
+                "checkpoint.pretrained_checkpoint."
             )
-        values = dict(stored)
-        expected = values.pop("next_samples_digest")
-        cursor = Cursor(**values)
-        # Another version has another order by definition; check_resume names that one.
-        if cursor.order_version == ORDER_VERSION and cursor._preview() != expected:
+        try:
+            cursor = _read(stored)
+            found = cursor.to_dict()
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, OverflowError, DataError) as error:
             raise CheckpointError(
-                f"The data cursor of the checkpoint contradicts itself: the {PREVIEW_SAMPLES} samples after "
-                f"{cursor.consumed_samples} have the digest {cursor._preview()} here, but {expected} when saved. The "
-                "cursor is damaged; resume from an earlier checkpoint."
+                f"The data cursor of the checkpoint is damaged ({error!r}). Resume from an earlier checkpoint."
+            ) from error
+        wrong = sorted(key for key in {*found, *stored} if found.get(key) != stored.get(key))
+        if wrong:
+            there, here = (", ".join(f"{key} {fields.get(key)}" for key in wrong) for fields in (stored, found))
+            raise CheckpointError(
+                f"The data cursor of the checkpoint contradicts itself: it says {there}, but after "
+                f"{cursor.consumed_samples} samples of its sources and phases it is {here} (next_samples_digest is of "
+                f"{PREVIEW_SAMPLES} samples). The cursor is damaged; resume from an earlier checkpoint."
             )
         return cursor
 
     def _preview(self) -> str:
-        return _chain(self.order, self.consumed_samples, self.consumed_samples + PREVIEW_SAMPLES, b"").hex()
+        stop = self.consumed_samples + PREVIEW_SAMPLES
+        return _chain(self.order, self.consumed_samples, stop, bytes.fromhex(self.rolling_digest)).hex()
 
 
-def check_resume(saved: Cursor, current: Cursor) -> None:
-    """Refuse a resume whose next samples would not be those of the saved run.
-
-    Args:
-        saved: the cursor of the checkpoint.
-        current: a cursor of the present configuration and corpus; its position does not matter.
-
-    Raises:
-        CheckpointError: names every field that changed, with both values.
-    """
-    changed = [name for name in IDENTITY if getattr(saved, name) != getattr(current, name)]
-    if not changed:
-        return
-    lines = [
-        f"  {name}: {getattr(saved, name)} in the checkpoint, {getattr(current, name)} now: {IDENTITY[name]}"
-        for name in changed
-    ]
-    raise CheckpointError(
-        f"The samples after {saved.consumed_samples} would not be those the saved run would have read next; samples "
-        "already trained on would come again and others never:\n" + "\n".join(lines) + "\n"
-        "To train these weights on other data on purpose, start a new run with checkpoint.pretrained_checkpoint."
+def _read(stored: dict[str, Any]) -> Cursor:
+    """The cursor as the fields say, before anything is compared."""
+    length = stored["seq_length"]
+    sources = tuple(
+        Source(one["name"], SampleOrder(one["num_samples"], one["seed"], one["dataset_digest"], length))
+        for one in stored["sources"]
+    )
+    phases = tuple(
+        Phase(one["start"], tuple(sorted(one["parts"].items())), one["adaptive"]) for one in stored["phases"]
+    )
+    return Cursor(
+        order=MixtureOrder(sources, phases),
+        tokenizer_hash=stored["tokenizer_hash"],
+        consumed_samples=stored["consumed_samples"],
+        skipped=tuple((start, stop) for start, stop in stored["skipped"]),
+        rolling_digest=stored["rolling_digest"],
     )
 
 
-def _chain(order: SampleOrder, start: int, stop: int, digest: bytes) -> bytes:
-    epochs, indices = order.sample_ids(start, stop)
+def _chain(order: MixtureOrder, start: int, stop: int, digest: bytes) -> bytes:
+    keys = [_digest(source.order.digest.encode()) for source in order.sources]
+    ids = (part.tolist() for part in order.sample_ids(start, stop))
     # One link per sample and not per batch, so that the digest does not depend on the global batch size.
-    for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
-        digest = _digest(digest + epoch.to_bytes(8, "little") + index.to_bytes(8, "little"))
+    for number, epoch, index in zip(*ids, strict=True):
+        digest = _digest(digest + keys[number] + epoch.to_bytes(8, "little") + index.to_bytes(8, "little"))
     return digest
 
 

@@ -7,12 +7,13 @@ are. Batches are sliced from the memory map when they are asked for; there is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from megatron_slm.data.batch import Batch, build_batch, build_samples
+from megatron_slm.config import mixture_text
+from megatron_slm.data.batch import Batch, Samples, build_batch, build_samples
 from megatron_slm.data.config import DataConfig
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.order import SampleOrder
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.errors import ConfigError, DataError
 
 
@@ -25,11 +26,10 @@ def positions_of(
 
 
 class _RankLoader:
-    """What both loaders share: the corpus, the shape of a micro-batch and the place of this rank."""
+    """What both loaders share: the shape of a micro-batch and the place of this rank."""
 
     def __init__(
         self,
-        corpus: Corpus,
         *,
         config: DataConfig,
         seq_length: int,
@@ -40,7 +40,6 @@ class _RankLoader:
         assert 0 <= data_parallel_rank < data_parallel_size, (
             f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size}"
         )
-        self.corpus = corpus
         self.config = config
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
@@ -72,49 +71,59 @@ class _RankLoader:
 
 
 class TrainLoader(_RankLoader):
-    """The train split, in the order of ``order``. All tp, cp and pp ranks of one dp rank read the same batches."""
+    """Training samples in the order of a cursor. All tp, cp and pp ranks of one dp rank read the same batches.
+
+    Args:
+        corpora: what every source of the order is read from; of one tokenizer.
+    """
 
     def __init__(
         self,
-        corpus: Corpus,
-        order: SampleOrder,
+        corpora: Mapping[str, Samples],
         *,
         config: DataConfig,
+        seq_length: int,
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
         super().__init__(
-            corpus,
             config=config,
-            seq_length=order.seq_length,
+            seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
         )
-        assert order.num_samples <= corpus.num_samples(order.seq_length), "the order is of another corpus"
-        self.order = order
+        self.corpora = corpora
+        self.eod_id = next(iter(corpora.values())).eod_id
+        self.windows = mixture_text.lengths(config.length_schedule)
 
-    def micro_batches(self, consumed_samples: int, global_batch_size: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the step that begins after ``consumed_samples``.
+    def micro_batches(self, cursor: Cursor, global_batch_size: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the step that begins at ``cursor``.
 
         Raises:
             ConfigError: the global batch does not divide; raised here, before the first batch is read.
         """
         count = self.num_micro_batches(global_batch_size)
-        return (
-            build_batch(
-                self.corpus,
-                self.order,
-                self._positions(micro_batch, consumed_samples),
-                seq_length=self.seq_length,
-                eod_id=self.corpus.eod_id,
-                reset_attention_mask=self.config.reset_attention_mask,
-                reset_position_ids=self.config.reset_position_ids,
-                eod_mask_loss=self.config.eod_mask_loss,
-            )
-            for micro_batch in range(count)
+        assert cursor.seq_length == self.seq_length, f"the order is for {cursor.seq_length} tokens"
+        return (self._batch(cursor, micro_batch) for micro_batch in range(count))
+
+    def _batch(self, cursor: Cursor, micro_batch: int) -> Batch:
+        positions = self._positions(micro_batch, cursor.consumed_samples)
+        return build_batch(
+            self.corpora,
+            cursor.order,
+            positions,
+            eod_id=self.eod_id,
+            reset_attention_mask=self.config.reset_attention_mask,
+            reset_position_ids=self.config.reset_position_ids,
+            eod_mask_loss=self.config.eod_mask_loss,
+            windows=[self._window(position) for position in positions] if self.windows else None,
         )
+
+    def _window(self, position: int) -> int:
+        """Tokens of a window at ``position``: short before long."""
+        return next((tokens for start, tokens in reversed(self.windows) if start <= position), self.seq_length)
 
 
 class ValidLoader(_RankLoader):
@@ -124,6 +133,25 @@ class ValidLoader(_RankLoader):
     ranks and micro-batches as in training. Slots that remain are filled with a sample whose loss mask is 0, so that the
     sum of the loss and its denominator are exactly those of the samples used.
     """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        config: DataConfig,
+        seq_length: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        super().__init__(
+            config=config,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=data_parallel_rank,
+            data_parallel_size=data_parallel_size,
+        )
+        self.corpus = corpus
 
     def num_samples(self, eval_iters: int, global_batch_size: int) -> int:
         """Samples that one validation uses.
@@ -165,8 +193,7 @@ class ValidLoader(_RankLoader):
     def _batch(self, micro_batch: int, start: int, samples: int) -> Batch:
         positions = self._positions(micro_batch, start)
         return build_samples(
-            self.corpus,
-            [position if position < samples else None for position in positions],
+            [self.corpus.sample(at, self.seq_length) if at < samples else None for at in positions],
             seq_length=self.seq_length,
             eod_id=self.corpus.eod_id,
             reset_attention_mask=self.config.reset_attention_mask,

@@ -1,8 +1,9 @@
-"""Which sample comes when: a keyed permutation of every epoch, computed and never stored.
+"""Which sample of a corpus comes when: a keyed permutation of every epoch, computed and never stored.
 
-Position ``p`` counts the samples consumed since the start of training. Its epoch is ``p // num_samples``, and inside
-the epoch the sample is the image of ``p % num_samples`` under a permutation that is a pure function of (seed, epoch,
-dataset digest, sequence length). The target length of the run, the ranks, the micro-batch and the workers do not enter.
+Position ``p`` counts the samples of this corpus consumed since the start of training. Its epoch is
+``p // num_samples``, and inside the epoch the sample is the image of ``p % num_samples`` under a permutation that is a
+pure function of (seed, epoch, dataset digest, sequence length). The target length of the run, the ranks, the
+micro-batch and the workers do not enter.
 
 The permutation is a Feistel network on the smallest even power of two that holds ``num_samples``, walked along its
 cycle until it falls inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). All of it is
@@ -20,7 +21,7 @@ import numpy as np
 from megatron_slm.errors import DataError
 
 ORDER_VERSION = 1
-"""Raised when the same inputs would give another order; stored in every cursor."""
+"""Raised when the same inputs would give another permutation; part of every key."""
 
 ROUNDS = 8
 SMALLEST_HALF_BITS = 3
@@ -28,14 +29,6 @@ SMALLEST_HALF_BITS = 3
 
 _MASK = (1 << 64) - 1
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-@dataclass(frozen=True, slots=True)
-class SampleId:
-    """A sample at a time: how often the data has been passed, and which sample of the corpus."""
-
-    epoch: int
-    index: int
 
 
 @dataclass(frozen=True)
@@ -64,8 +57,8 @@ class SampleOrder:
                 "more). Give more text or lower model.seq_length."
             )
 
-    def sample_id(self, position: int) -> SampleId:
-        """The sample at ``position`` (0, 1, 2, ... over all epochs)."""
+    def sample_id(self, position: int) -> tuple[int, int]:
+        """Epoch and index of the sample at ``position`` (0, 1, 2, ... over all epochs)."""
         assert position >= 0, f"position {position} is before the start of training"
         epoch, offset = divmod(position, self.num_samples)
         half = _half_bits(self.num_samples)
@@ -73,7 +66,7 @@ class SampleOrder:
         index = _permute(offset, half, keys)
         while index >= self.num_samples:
             index = _permute(index, half, keys)
-        return SampleId(epoch, index)
+        return epoch, index
 
     def sample_ids(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Epochs and indices, both int64 [stop - start], of a range of positions; equals :meth:`sample_id` of each."""

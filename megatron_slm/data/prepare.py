@@ -1,70 +1,40 @@
-"""Text files to a corpus: tokenizer, packed shards and their description, published in one rename.
+"""Text to a corpus: tokenizer, packed shards and their description, published in one rename.
 
 What is written::
 
     OUTPUT/manifest.json                      what was asked for, and what came of it
-    OUTPUT/tokenizer/{tokenizer.model,tokenizer.json}
+    OUTPUT/card.md                            the same for a reader
+    OUTPUT/tokenizer/{tokenizer.model,facts.json}
     OUTPUT/train/{shard-00000.arrow,...,index.json}
     OUTPUT/valid/{...}                        absent with split 0
+
+The inputs are read three times: to judge every document, to train the tokenizer on those that are kept, and to tokenise
+them. The first and the last are done in chunks by worker processes, and each finished chunk is kept beside the output,
+so that the same command after a kill goes on where it stopped. The result depends on neither.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.documents import TEXT_UNITS, Source, in_tokenizer_sample, in_valid, read_documents
-from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS, SCHEMA_VERSION, ShardWriter, write_json
-from megatron_slm.data.tokenizer import NUM_FIXED_PIECES, Tokenizer, train_tokenizer
+from megatron_slm.data.documents import DEFAULT_PATTERN, Source, open_sources
+from megatron_slm.data.manifest import read_manifest
+from megatron_slm.data.preparation.publishing import assemble
+from megatron_slm.data.preparation.reading import Reader, as_it_is, chunking, scrubbed
+from megatron_slm.data.preparation.request import DEFAULT_VOCAB_SIZE, Request
+from megatron_slm.data.preparation.screening import screen
+from megatron_slm.data.preparation.staging import open_staging, remove_leftover
+from megatron_slm.data.preparation.tokenising import make_tokenizer, tokenise
+from megatron_slm.data.quality.config import QualityConfig
+from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS, SCHEMA_VERSION
+from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
 
-MANIFEST_NAME = "manifest.json"
 TOKENIZER_PATH = Path("tokenizer", "tokenizer.model")
-DEFAULT_VOCAB_SIZE = 4096
-TOKENIZER_TRAINING_CHARACTERS = 200_000_000
-"""From a larger train split, a deterministic share of the documents is drawn for the tokenizer: it trains in memory."""
-
-BATCH_DOCUMENTS = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides the content of a corpus; two equal requests give equal corpora."""
-
-    schema_version: int
-    inputs: tuple[str, ...]
-    vocab_size: int | None
-    tokenizer_hash: str | None
-    split: float
-    seed: int
-    text_key: str
-    text_unit: str
-    shard_tokens: int
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.split < 1.0:
-            raise DataError(f"--split is {self.split}, but the share of the valid split lies in [0, 1); 0.05 is usual.")
-        # Beyond these bounds sentencepiece answers with its own insides.
-        if self.vocab_size is not None and not NUM_FIXED_PIECES <= self.vocab_size < 1 << 31:
-            raise DataError(
-                f"--vocab-size is {self.vocab_size}, but the control pieces, the line break and the 256 bytes alone "
-                f"are {NUM_FIXED_PIECES} pieces, each character of the text is one more, and ids have 31 bits; "
-                f"{DEFAULT_VOCAB_SIZE} is the default."
-            )
-        if self.text_unit not in TEXT_UNITS:
-            raise DataError(f"--text-unit is {self.text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
-        if self.shard_tokens < 1:
-            raise DataError(f"shard_tokens is {self.shard_tokens}, but a shard holds at least one token.")
 
 
 def prepare(
@@ -73,252 +43,132 @@ def prepare(
     *,
     vocab_size: int | None = None,
     tokenizer_model: str | Path | None = None,
+    tokenizer_type: str | None = None,
+    eod_token: str | None = None,
     split: float = 0.05,
     seed: int = 1234,
     text_key: str = "text",
     text_unit: str = "paragraph",
+    pattern: str = DEFAULT_PATTERN,
     shard_tokens: int = DEFAULT_SHARD_TOKENS,
     licence: str | None = None,
+    quality: QualityConfig | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Write the corpus of ``inputs`` to ``output``, which appears complete or not at all.
 
     Args:
-        inputs: ``.txt`` and ``.jsonl`` files (see :mod:`megatron_slm.data.documents`).
+        inputs: files and directories (see :mod:`megatron_slm.data.documents`); their documents are numbered through.
         vocab_size: size of the tokenizer to train on the train split; default 4096.
-        tokenizer_model: take this sentencepiece model instead of training one.
+        tokenizer_model: take this tokenizer instead of training one.
+        tokenizer_type: of a tokenizer that is trained, "bpe" (default) or "unigram".
+        eod_token: token of ``tokenizer_model`` that ends a document, where it does not say so itself.
         split: share of the documents for the valid split, in [0, 1); each is assigned by a hash of its number.
         seed: key of the assignment.
         text_unit: what one document of a ``.txt`` file is, "paragraph" or "file".
-        licence: note stored with the sources.
+        pattern: which files of a directory are read.
+        licence: of all inputs; default what each says about itself.
+        quality: which documents are dropped and what is scrubbed; default nothing.
+        workers: processes that judge and tokenise. With more than one, a program that calls this must be safe to
+            import (``if __name__ == "__main__"``), as :mod:`multiprocessing` asks.
 
     Returns:
         The manifest, with ``already_prepared``: true when ``output`` held the corpus of an equal request.
 
     Raises:
         DataError: an input cannot be read, ``output`` holds something else, or a value is out of range.
+        ResumableError: the disk is full or a worker died; the same command goes on from there.
     """
-    if vocab_size is not None and tokenizer_model is not None:
-        raise DataError(
-            "--vocab-size and --tokenizer-model are both given: a finished tokenizer has its own size. Drop one."
-        )
     if not inputs:
         raise DataError("No input file was given. Name at least one .txt or .jsonl file.")
-    sources = [Source.of(Path(path)) for path in inputs]
-    given = Tokenizer.open(tokenizer_model) if tokenizer_model is not None else None
+    if workers < 1:
+        raise DataError(f"--workers is {workers}, but at least 1 process does the work.")
+    given = _given_tokenizer(tokenizer_model, eod_token, vocab_size=vocab_size, tokenizer_type=tokenizer_type)
+    quality = None if quality == QualityConfig() else quality
+    sources = open_sources(inputs, pattern=pattern)
+    _check_tokens(sources, given, quality)
     request = Request(
         schema_version=SCHEMA_VERSION,
         inputs=tuple(source.sha256 for source in sources),
-        vocab_size=DEFAULT_VOCAB_SIZE if vocab_size is None and given is None else vocab_size,
+        vocab_size=None if given else DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
         tokenizer_hash=given.hash if given else None,
+        tokenizer_type=None if given else tokenizer_type or "bpe",
+        eod_token=given.eod_token if given else None,
         split=split,
         seed=seed,
         text_key=text_key,
         text_unit=text_unit,
         shard_tokens=shard_tokens,
+        licence=licence,
+        pattern=pattern if any(source.kind == "tree" for source in sources) else None,
+        quality=None if quality is None else quality.described(),
     )
     target = Path(output).absolute()
     if os.path.lexists(target):
         return {**_existing(target, request), "already_prepared": True}
-    with _building(target) as directory:
-        manifest = _build(directory, sources, request, given, licence)
+    reader = Reader(
+        tuple(sources),
+        text_key,
+        text_unit,
+        eod_id=given.eod_id if given else None,
+        scrub=scrubbed if quality and quality.scrub_pii else as_it_is,
+    )
+    with open_staging(target, request, chunking()) as staging:
+        screening = screen(staging, reader, request, quality, workers)
+        tokenizer = make_tokenizer(staging, reader, request, screening, given)
+        tokenise(staging, reader, screening, tokenizer, workers)
+        manifest = assemble(staging, request, screening, sources, tokenizer)
+        staging.publish(target)
     return {**manifest, "already_prepared": False}
 
 
-def _build(
-    directory: Path, sources: Sequence[Source], request: Request, given: Tokenizer | None, licence: str | None
-) -> dict[str, Any]:
-    def documents() -> Iterator[tuple[int, str]]:
-        return enumerate(read_documents(sources, text_key=request.text_key, text_unit=request.text_unit))
-
-    counts = _count(documents(), request)
-    (directory / "tokenizer").mkdir()
-    tokenizer = _make_tokenizer(directory / TOKENIZER_PATH, documents, counts, request, given)
-    described = [
-        {"name": source.path.name, "sha256": source.sha256, "bytes": source.num_bytes, "licence": licence}
-        for source in sources
-    ]
-    indices = _write_splits(directory, documents(), counts, request, tokenizer, described)
-    manifest = {
-        "request": json.loads(json.dumps(asdict(request))),
-        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id},
-        "splits": {
-            name: {key: index[key] for key in ("num_documents", "num_tokens", "digest")}
-            | {"num_characters": counts[name][1], "num_shards": len(index["shards"])}
-            for name, index in indices.items()
-        },
-    }
-    write_json(directory / MANIFEST_NAME, manifest)
-    return manifest
-
-
-def _count(documents: Iterator[tuple[int, str]], request: Request) -> dict[str, tuple[int, int]]:
-    """Documents and characters of each split; reads everything once, so that bad input is refused before any work."""
-    numbers = {"train": [0, 0], "valid": [0, 0]}
-    for document, text in documents:
-        split = numbers["valid" if in_valid(request.seed, document, request.split) else "train"]
-        split[0] += 1
-        split[1] += len(text)
-    total = numbers["train"][0] + numbers["valid"][0]
-    if not total:
-        raise DataError("The inputs hold no document: every one is empty. Give some text.")
-    wanted = ["train", "valid"] if request.split else ["train"]
-    for name in wanted:
-        if not numbers[name][0]:
+def _given_tokenizer(
+    path: str | Path | None, eod_token: str | None, *, vocab_size: int | None, tokenizer_type: str | None
+) -> Tokenizer | None:
+    if path is None:
+        if eod_token is not None:
             raise DataError(
-                f"With --split {request.split} and --seed {request.seed} the {name} split gets none of the {total} "
-                "documents. Give more documents, change --split (0 makes no valid split), or change --seed."
+                f"--eod-token {eod_token} names a token of a finished tokenizer, but a new one is trained, which "
+                "has its own. Add --tokenizer-model, or drop it."
             )
-    return {name: (numbers[name][0], numbers[name][1]) for name in wanted}
-
-
-def _make_tokenizer(
-    path: Path,
-    documents: Callable[[], Iterator[tuple[int, str]]],
-    counts: dict[str, tuple[int, int]],
-    request: Request,
-    given: Tokenizer | None,
-) -> Tokenizer:
-    if given:
-        path.write_bytes(given.model)
-        tokenizer, trained_on = Tokenizer(given.model, path), None
-    else:
-        assert request.vocab_size is not None, "a tokenizer is trained when none was given, and has a size"
-        share = min(1.0, TOKENIZER_TRAINING_CHARACTERS / counts["train"][1])
-        training_text = (
-            text
-            for document, text in documents()
-            if not in_valid(request.seed, document, request.split)
-            and in_tokenizer_sample(request.seed, document, share)
+        return None
+    if vocab_size is not None or tokenizer_type is not None:
+        name, own = ("--tokenizer-type", "type") if vocab_size is None else ("--vocab-size", "size")
+        raise DataError(
+            f"{name} and --tokenizer-model are both given: a finished tokenizer has its own {own}. Drop one."
         )
-        tokenizer = train_tokenizer(training_text, request.vocab_size, path)
-        trained_on = "train split" if share == 1.0 else f"{share:.3f} of the train split's documents"
-    facts = {
-        "kind": "sentencepiece",
-        "vocab_size": tokenizer.vocab_size,
-        "eod_id": tokenizer.eod_id,
-        "sha256": tokenizer.hash,
-        "trained_on": trained_on,
-    }
-    write_json(path.with_name("tokenizer.json"), facts)
-    return tokenizer
+    return Tokenizer.open(path, eod_token=eod_token)
 
 
-def _write_splits(
-    directory: Path,
-    documents: Iterator[tuple[int, str]],
-    counts: dict[str, tuple[int, int]],
-    request: Request,
-    tokenizer: Tokenizer,
-    sources: list[dict[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Tokenise everything once; returns the index of each split."""
-    writers: dict[str, ShardWriter] = {}
-    with contextlib.ExitStack() as stack:
-        for name in counts:
-            (directory / name).mkdir()
-            writers[name] = stack.enter_context(
-                ShardWriter(
-                    directory / name,
-                    vocab_size=tokenizer.vocab_size,
-                    eod_id=tokenizer.eod_id,
-                    tokenizer_hash=tokenizer.hash,
-                    shard_tokens=request.shard_tokens,
-                    sources=sources,
-                )
+def _check_tokens(sources: Sequence[Source], given: Tokenizer | None, quality: QualityConfig | None) -> None:
+    """Refuse inputs that hold tokens where text is needed."""
+    for source in sources:
+        if source.kind == "tokens" and given is None:
+            raise DataError(
+                f"{source.path} holds token ids, which mean nothing without the tokenizer they were made with. Name it "
+                "with --tokenizer-model."
             )
-        total = sum(documents for documents, _ in counts.values())
-        # disable=None: no bar unless standard error is a terminal.
-        bar = stack.enter_context(tqdm(total=total, desc="tokenise", unit="document", disable=None))
-        for batch in _batches(documents):
-            encoded = tokenizer.encode_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
-            for (document, _), ids in zip(batch, encoded, strict=True):
-                name = "valid" if in_valid(request.seed, document, request.split) else "train"
-                try:
-                    writers[name].add_document(ids)
-                except ValueError as error:
-                    raise DataError(f"Document {document} cannot be stored: {error}. Use another tokenizer.") from error
-            bar.update(len(batch))
-    return {name: writer.index for name, writer in writers.items()}
-
-
-def _batches(documents: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        if source.kind == "tokens" and quality is not None:
+            raise DataError(
+                f"{source.path} holds token ids, which no filter of text can judge. Drop the filters, or prepare this "
+                "input by itself."
+            )
 
 
 def _existing(target: Path, request: Request) -> dict[str, Any]:
     """The manifest of ``target`` when it answers an equal request."""
     remedy = "Choose another output, or remove this one yourself."
     try:
-        manifest: dict[str, Any] = json.loads((target / MANIFEST_NAME).read_text(encoding="utf-8"))
-        found = manifest["request"]
+        manifest = read_manifest(target)
+        changes = request.differences(manifest["request"])
         splits = list(manifest["splits"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer_hash = manifest["tokenizer"]["hash"]
+    except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{target} exists and is no prepared corpus. {remedy}") from error
-    wanted = json.loads(json.dumps(asdict(request)))
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    if changed:
-        values = "; ".join(f"{name} is {found.get(name)} there, {wanted[name]} was asked for" for name in changed)
-        raise DataError(f"{target} holds another corpus: {values}. {remedy}")
+    if changes:
+        raise DataError(f"{target} holds another corpus: {changes}. {remedy}")
     for name in splits:
         Corpus.open(target / name, verify="hash")
-    Tokenizer.open(target / TOKENIZER_PATH, manifest["tokenizer"]["hash"])
+    Tokenizer.open(target / "tokenizer", tokenizer_hash)
+    remove_leftover(target)
     return manifest
-
-
-@contextlib.contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` that becomes ``target`` when the block ends well, and is removed when it does not.
-
-    A kill leaves only ``.NAME.preparing``; the next run finds it unlocked and starts over in it.
-    """
-    staging = target.with_name(f".{target.name}.preparing")
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise DataError(f"Cannot write beside {target}: {error.strerror}. Choose another output.") from error
-    try:
-        _lock(descriptor, staging, target)
-        for left in staging.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        try:
-            yield staging
-            _sync_tree(staging)
-            os.rename(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-        _sync(target.parent)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, staging: Path, target: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"Another process is preparing {target}. Wait for it, or choose another output.") from error
-    # The other process may have published the directory between our opening it and our lock.
-    if not staging.exists() or os.stat(staging).st_ino != os.fstat(descriptor).st_ino:
-        raise DataError(f"Another process has just prepared {target}. Run the command again to check it.")
-
-
-def _sync_tree(directory: Path) -> None:
-    """Wait until everything in ``directory`` is on the disk, so that a crash cannot publish half of it."""
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

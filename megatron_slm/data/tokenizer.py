@@ -1,59 +1,87 @@
-"""Text to token ids and back: a sentencepiece model whose hash is frozen into every corpus and checkpoint.
+"""Text to token ids and back: a tokenizer file whose hash is frozen into every corpus and checkpoint.
 
-Models trained here are BPE with byte fallback and no normalisation at all, so that ``decode(encode(text)) == text`` for
-every string (but U+2581, which sentencepiece itself uses for the space).
+Models trained here are sentencepiece BPE or unigram with byte fallback and no normalisation at all, so that
+``decode(encode(text)) == text`` for every string (but U+2581, which sentencepiece itself uses for the space). What a
+Hugging Face ``tokenizer.json`` keeps of a text is its own affair.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-import sentencepiece
-
+from megatron_slm.data.shards import write_json
+from megatron_slm.data.tokenizer_huggingface import HuggingFaceModel
+from megatron_slm.data.tokenizer_sentencepiece import SentencePieceModel, train_model
 from megatron_slm.errors import DataError
 
-UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
-"""Ids of the control pieces of a tokenizer trained here; EOS ends every document."""
+FACTS_NAME = "facts.json"
+"""Beside a tokenizer file that was saved here: what it is, and which token ends a document."""
 
-NUM_FIXED_PIECES = 4 + 1 + 256
-"""Control pieces, the line break and the bytes: what a tokenizer trained here holds before the first character."""
+FILE_NAMES = (SentencePieceModel.file_name, HuggingFaceModel.file_name)
 
-LONGEST_LINE_CHARACTERS = 16_384
-"""A longer line is cut before training: sentencepiece drops a sentence over ``max_sentence_length`` bytes unread."""
+
+class Model(Protocol):
+    """What both kinds of tokenizer can do; :class:`Tokenizer` says what the methods mean."""
+
+    kind: str
+    file_name: str
+    vocab_size: int
+    eod_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str], num_threads: int) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, token_id: int) -> str: ...
 
 
 class Tokenizer:
-    """A loaded sentencepiece model. Made by :meth:`open`."""
+    """A loaded tokenizer. Made by :meth:`open`; a copy for another process is made by pickle.
 
-    def __init__(self, model: bytes, path: Path) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{path} is not a sentencepiece model ({error}). Give the .model file.") from error
+    Attributes:
+        kind: "sentencepiece" or "huggingface".
+        file_name: the name the file goes by: ``tokenizer.model`` or ``tokenizer.json``.
+        model: content of the file.
+        hash: sha256 (hex) of the file.
+        vocab_size: every id is below it, those of added tokens included.
+        eod_id: id of the token that ends a document. No text is encoded to it.
+        eod_token: its name, when it was asked for by name.
+    """
+
+    def __init__(self, model: bytes, path: Path, eod_token: str | None = None) -> None:
+        if not model:
+            raise DataError(f"The tokenizer {path} is empty (0 bytes). Copy it anew.")
+        loaded = HuggingFaceModel if model.lstrip()[:1] == b"{" else SentencePieceModel
+        self._model: Model = loaded(model, path, eod_token)
         self.path = path
         self.model = model
         self.hash = hashlib.sha256(model).hexdigest()
-        if self._processor.eos_id() < 0:
-            raise DataError(
-                f"The tokenizer {path} has no end-of-sentence piece, which marks the end of a document. "
-                "Train it with eos_id >= 0, or let `mslm data prepare` train one."
-            )
+        self.kind, self.file_name = self._model.kind, self._model.file_name
+        self.vocab_size, self.eod_id, self.eod_token = self._model.vocab_size, self._model.eod_id, eod_token
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes, Path, str | None]]:
+        # The package tokenizers forgets in a pickle that special tokens in text are text.
+        return Tokenizer, (self.model, self.path, self.eod_token)
 
     @staticmethod
-    def open(model_path: str | Path, expected_hash: str | None = None) -> Tokenizer:
-        """Load ``model_path``.
+    def open(path: str | Path, expected_hash: str | None = None, eod_token: str | None = None) -> Tokenizer:
+        """Load a sentencepiece model or a Hugging Face ``tokenizer.json``, told apart by their content.
 
         Args:
-            expected_hash: sha256 (hex) of the model file that the corpus or the checkpoint was made with.
+            path: the file, or a directory that holds it (:func:`find_tokenizer`).
+            expected_hash: sha256 (hex) of the file that the corpus or the checkpoint was made with.
+            eod_token: control piece or special token that ends a document; default the one that was named when the
+                file was saved here, else the sentencepiece model's own or a well-known one.
 
         Raises:
-            DataError: the file is missing, no sentencepiece model, or not the one expected.
+            DataError: the file is missing, no tokenizer, or not the one expected, or has no such token.
         """
-        path = Path(model_path)
+        path = Path(path)
+        if path.is_dir():
+            path = find_tokenizer(path)
         try:
             model = path.read_bytes()
         except OSError as error:
@@ -62,99 +90,80 @@ class Tokenizer:
         if expected_hash is not None and found != expected_hash:
             raise DataError(
                 f"The tokenizer {path} has sha256 {found}, but the tokens were made with {expected_hash}: the same ids "
-                "would mean other text. Use the tokenizer.model that lies in the corpus's tokenizer/ directory, or "
-                "prepare the corpus again with this one."
+                "would mean other text. Use the file that lies in the corpus's tokenizer/ directory, or prepare the "
+                "corpus again with this one."
             )
-        return Tokenizer(model, path)
+        return Tokenizer(model, path, _saved_eod_token(path) if eod_token is None else eod_token)
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; every id is below it."""
-        return int(self._processor.vocab_size())
+    def save(self, directory: Path, **facts: Any) -> Tokenizer:
+        """Write the file into ``directory``, with a ``facts.json`` beside it; returns the copy.
 
-    @property
-    def eod_id(self) -> int:
-        """Id of the piece that ends a document."""
-        return int(self._processor.eos_id())
+        Args:
+            facts: more to say in ``facts.json``.
+        """
+        directory.mkdir(exist_ok=True)
+        path = directory / self.file_name
+        path.write_bytes(self.model)
+        known = {"kind": self.kind, "vocab_size": self.vocab_size, "eod_id": self.eod_id, "eod_token": self.eod_token}
+        write_json(directory / FACTS_NAME, {**known, "sha256": self.hash, **facts})
+        return Tokenizer(self.model, path, self.eod_token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without control pieces: a literal ``</s>`` in the text is encoded as ordinary characters."""
-        ids: list[int] = self._processor.encode(text, out_type=int)
-        return ids
+        return self._model.encode(text)
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[list[int]]:
-        """:meth:`encode` of several texts; the result does not depend on ``num_threads``."""
-        ids: list[list[int]] = self._processor.encode(list(texts), out_type=int, num_threads=num_threads)
-        return ids
+        """:meth:`encode` of several texts; the result does not depend on ``num_threads``.
+
+        Args:
+            num_threads: for Hugging Face's only whether it is more than 1: ``RAYON_NUM_THREADS`` sets how many.
+        """
+        return self._model.encode_batch(texts, num_threads)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; control pieces have none, and a cut UTF-8 sequence becomes U+FFFD."""
-        text: str = self._processor.decode([int(token) for token in ids])
-        return text
+        return self._model.decode([int(token) for token in ids])
 
     def piece(self, token_id: int) -> str:
-        """The vocabulary's own spelling of one id."""
-        piece: str = self._processor.id_to_piece(int(token_id))
-        return piece
+        """The vocabulary's own spelling of one id; empty where a vocabulary has a gap."""
+        return self._model.piece(int(token_id))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path) -> Tokenizer:
-    """Train a BPE vocabulary on ``texts`` and write it to ``output``.
+def find_tokenizer(directory: str | Path) -> Path:
+    """The tokenizer file in ``directory``: ``tokenizer.model``, or else ``tokenizer.json``.
+
+    Raises:
+        DataError: there is neither.
+    """
+    for name in FILE_NAMES:
+        if (path := Path(directory, name)).is_file():
+            return path
+    raise DataError(f"{directory} holds no tokenizer: there is neither {' nor '.join(FILE_NAMES)}. Check the path.")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, output: str | Path, *, model_type: str = "bpe") -> Tokenizer:
+    """Train a sentencepiece vocabulary on ``texts`` and write it to ``output``.
 
     The same texts in the same order give the same file, byte for byte.
+
+    Args:
+        model_type: "bpe" or "unigram".
 
     Raises:
         DataError: there is no text, or the text cannot fill ``vocab_size`` or needs more.
     """
-    writer = io.BytesIO()
+    model, path = train_model(texts, vocab_size, model_type), Path(output)
+    path.write_bytes(model)
+    return Tokenizer(model, path)
+
+
+def _saved_eod_token(path: Path) -> str | None:
+    facts_path = path.with_name(FACTS_NAME)
+    if not facts_path.exists():
+        return None
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=writer,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            # Without the dummy prefix, decoding any window of a document loses no leading space.
-            add_dummy_prefix=False,
-            user_defined_symbols=["\n"],
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
-            max_sentence_length=4 * LONGEST_LINE_CHARACTERS,
-            # One thread, because the number is stored in the model file and would change its hash.
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(_training_refused(str(error), vocab_size)) from error
-    path = Path(output)
-    path.write_bytes(writer.getvalue())
-    return Tokenizer(writer.getvalue(), path)
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            # sentencepiece refuses NUL in its training text; byte fallback still encodes it.
-            line = line.replace("\0", " ")
-            for start in range(0, len(line), LONGEST_LINE_CHARACTERS):
-                yield line[start : start + LONGEST_LINE_CHARACTERS]
-
-
-def _training_refused(message: str, vocab_size: int) -> str:
-    if match := re.search(r"value <= (\d+)", message):
-        return (
-            f"The training text is too small for a vocabulary of {vocab_size}: the largest possible --vocab-size "
-            f"is {match.group(1)}. Lower --vocab-size to that or less, or give more text."
-        )
-    if match := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return (
-            f"--vocab-size {vocab_size} is too small: the control pieces, the 256 bytes and the characters of the text "
-            f"alone need {match.group(1)}. Raise --vocab-size to that or more."
-        )
-    if "sentences_.empty()" in message:
-        return "There is no text to train a tokenizer on: every document of the train split is empty. Give more text."
-    return f"sentencepiece could not train a vocabulary of {vocab_size}: {message}"
+        facts = json.loads(facts_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{facts_path} is damaged ({error}). Copy the tokenizer's directory anew.") from error
+    eod_token = facts.get("eod_token") if isinstance(facts, dict) else None
+    return None if eod_token is None else str(eod_token)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.initialise import initialise
 from megatron_slm.parallel.specs import block_submodules
-from megatron_slm.parallel.vocab_loss import vocab_parallel_loss
+from megatron_slm.parallel.vocab_loss import Objective, vocab_parallel_loss
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 HIDDEN_MATRICES = (*RESIDUAL_OUTPUTS, "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight")
@@ -41,10 +41,10 @@ class OutputLayer(ColumnParallelLinear):
         *,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
-        vocab_size: int = 0,
+        objective: Objective | None = None,
     ) -> Any:
-        """hidden [S(/tp), B, H] -> (logits [S, B, V/tp], bias); with labels and loss_mask [B, S] the summed loss."""
-        if labels is None or loss_mask is None:
+        """hidden [S(/tp), B, H] -> (logits [S, B, V/tp], bias); with labels and loss_mask [B, S] the loss [3]."""
+        if labels is None or loss_mask is None or objective is None:
             return super().forward(hidden, weight, runtime_gather_output)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -56,21 +56,24 @@ class OutputLayer(ColumnParallelLinear):
             labels.t().reshape(-1),
             loss_mask.t().reshape(-1),
             group=self.tp_group,
-            vocab_size=vocab_size,
+            objective=objective,
         )
 
 
 class GPT(GPTModel):
-    """``GPTModel`` that returns the masked sum of the loss instead of logits when it is given labels.
+    """``GPTModel`` that returns the masked sums of the loss instead of logits when it is given labels.
 
     Called with tokens, position_ids [B, S], document ids [B, S] or None, labels and loss_mask [B, S]; returns hidden
-    states [S(/tp), B, H] on a chunk that does not end the model, else the scalar of ``vocab_parallel_loss``; without
+    states [S(/tp), B, H] on a chunk that does not end the model, else the sums [3] of ``vocab_parallel_loss``; without
     labels, core's logits [B, S, V/tp].
+
+    Args:
+        objective: of the loss.
     """
 
-    def __init__(self, *, real_vocab_size: int, output_multiplier: float, **kwargs: Any) -> None:
+    def __init__(self, *, objective: Objective, output_multiplier: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.objective = objective
         self.output_multiplier = output_multiplier
         if self.post_process:
             # Core names the class itself; the weights, their marks and their tie to the embedding stay as it made them.
@@ -90,7 +93,7 @@ class GPT(GPTModel):
             weight=self.shared_embedding_or_output_weight() if tied else None,
             labels=rest["labels"],
             loss_mask=rest["loss_mask"],
-            vocab_size=self.real_vocab_size,
+            objective=self.objective,
         )
         return loss
 
@@ -104,13 +107,17 @@ def build_chunks(
     seed: int,
     spec: tuple[Any, Any],
     device: torch.device,
+    z_loss_coefficient: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> list[nn.Module]:
     """Model chunks of this rank (one, or vpp of them), initialised, in the precision of ``config``.
 
     Args:
         vocab_size: tokens of the tokenizer; the embedding has ``model.padded_vocab_size(vocab_size)`` rows.
         spec: layer spec and norm class of ``parallel.specs.choose_spec``.
+        z_loss_coefficient, label_smoothing: of the objective; see ``parallel.vocab_loss``.
     """
+    objective = Objective(vocab_size, z_loss_coefficient, label_smoothing)
     vpp = config.virtual_pipeline_model_parallel_size or 1
     rank, stages = groups.pp.rank(), groups.pp.size()
     chunks: list[nn.Module] = []
@@ -119,7 +126,7 @@ def build_chunks(
         layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=rank)
         chunks.append(
             GPT(
-                real_vocab_size=vocab_size,
+                objective=objective,
                 output_multiplier=1.0 / model.width_multiplier,
                 config=config,
                 transformer_layer_spec=block_submodules(spec[0], spec[1], layers),

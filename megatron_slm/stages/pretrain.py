@@ -5,38 +5,77 @@ A stage gives the loop an iterator of step inputs and a loss. Shapes: B micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
-from megatron_slm.parallel.pipeline import Batch
-from megatron_slm.train.step import StepInput
+from megatron_slm.parallel.pipeline import Batch, LossFunction
+from megatron_slm.parallel.vocab_loss import CROSS_ENTROPY, OBJECTIVE, SQUARED_LOG_PARTITION
+from megatron_slm.train.config import TrainConfig
+from megatron_slm.train.step import StepInput, TrainState
 
 ON_HOST = ("document_ids",)  # parallel/attention.py reads the documents' boundaries before it launches kernels
 
 
 def step_inputs(
-    loader: TrainLoader, cursor: Cursor, global_batch_size: int, device: torch.device
+    loader: TrainLoader, state: TrainState, batch_size: Callable[[int], int], device: torch.device
 ) -> Iterator[StepInput]:
-    """Endless global batches from ``cursor`` on: this rank's micro-batches and the cursor after them."""
+    """Endless global batches, each from where the state's cursor then stands: a roll-back moves it.
+
+    Args:
+        batch_size: samples of the global batch that begins after so many samples.
+
+    Returns:
+        This rank's micro-batches and the cursor after them.
+    """
     while True:
-        following = cursor.advance(global_batch_size)
-        batches = loader.micro_batches(cursor.consumed_samples, global_batch_size)
-        yield StepInput([to_device(batch, device) for batch in batches], following)
-        cursor = following
+        cursor = state.cursor
+        size = batch_size(cursor.consumed_samples)
+        batches = loader.micro_batches(cursor, size)
+        yield StepInput([to_device(batch, device) for batch in batches], cursor.advance(size))
 
 
-def loss(output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of the cross-entropy, number of its tokens, both to log).
+def loss(
+    output: Tensor, batch: Batch, *, logged: Sequence[str] = ("lm loss",), z_loss_coefficient: float = 0.0
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of the objective, number of its tokens, what to log as pairs of sum and tokens).
 
     The model has summed already (``parallel/vocab_loss.py``); core divides by the tokens of the whole global batch, so
     the result does not depend on how the batch was cut.
+
+    Args:
+        output: [3], see ``vocab_parallel_loss``.
+        logged: "lm loss", the cross-entropy whatever the objective is; "objective"; "z loss", its part.
+        z_loss_coefficient: of the model's objective.
     """
     tokens = batch["loss_mask"].sum()
-    return output, tokens.to(torch.int), {"lm loss": torch.stack([output.detach().double(), tokens.double()])}
+    sums = output.detach().double()
+    found = {
+        "lm loss": sums[CROSS_ENTROPY],
+        "objective": sums[OBJECTIVE],
+        "z loss": z_loss_coefficient * sums[SQUARED_LOG_PARTITION],
+    }
+    pairs = {name: torch.stack([found[name], tokens.double()]) for name in logged}
+    # A copy, because core may free what it is given, and refuses to free a view.
+    return output[OBJECTIVE].clone(), tokens.to(torch.int), pairs
+
+
+def logged(train: TrainConfig) -> tuple[str, ...]:
+    """What ``loss`` has to log: the objective's own numbers only where it is not the cross-entropy."""
+    names = ["lm loss"]
+    if train.z_loss_coefficient or train.label_smoothing:
+        names.append("objective")
+    if train.z_loss_coefficient:
+        names.append("z loss")
+    return tuple(names)
+
+
+def loss_function(train: TrainConfig) -> LossFunction:
+    """``loss`` for a model built with the objective of ``train``."""
+    return partial(loss, logged=logged(train), z_loss_coefficient=train.z_loss_coefficient)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -6,185 +6,162 @@ A checkpoint directory holds core's payload (``*.distcp``, ``.metadata``, ``comm
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slm.errors import CheckpointError
 from megatron_slm.parallel.gradients import unwrap
-from megatron_slm.train import publish
+from megatron_slm.train import payload_write, publish
+from megatron_slm.train.ema import ema_request
+from megatron_slm.train.hook import Part
 from megatron_slm.train.optimizer_state import load_optimizer_state
-from megatron_slm.train.random_state import RandomState
-
-SCHEMA_VERSION = 1
+from megatron_slm.train.payload import first_failure, read_payload
+from megatron_slm.train.payload_write import StagedPayload, on_first_rank
+from megatron_slm.train.retention import Retention
+from megatron_slm.train.saved_state import STATE_FILE, SavedState, read_state
+from megatron_slm.train.step import TrainState
 
 
 @dataclass(frozen=True)
-class SavedState:
-    """``state.json``: the part of a checkpoint that is not tensors."""
+class Destination:
+    """Where and how the checkpoints of a run are published.
+
+    Attributes:
+        directory: the run's checkpoints directory.
+        identity: digest of the run's identity.
+        retention: which of the earlier ones stay.
+        add_files: called on rank 0 with the temporary directory, to add the configuration and the tokenizer.
+        group: process group of all ranks that the writing may use; None is the default group.
+    """
+
+    directory: Path
+    identity: str
+    add_files: Callable[[Path], None]
+    retention: Retention = field(default_factory=Retention)
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A checkpoint that waits to be written."""
 
     step: int
-    consumed_samples: int
-    cursor: dict[str, Any]
-    layout: dict[str, int]
-    params_dtype: str
-    tokenizer_hash: str
-    schema_version: int = SCHEMA_VERSION
+    payload: StagedPayload
+    state: str
+    """The text of ``state.json``."""
 
 
-class ThreadedSave(SaveShardedStrategy):
-    """Core's torch_dist payload through torch's own ``FileSystemWriter``.
-
-    Core's writer forks worker processes and spawns a manager that imports the program again: seconds a save, and a fork
-    beside a CUDA context. The files are the same.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects (random states) go into the same files as tensors."""
-        return True
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards; collective."""
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        torch.distributed.checkpoint.save(
-            mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-def save(
-    directory: Path,
-    state: SavedState,
-    chunks: list[nn.Module],
-    optimizer: MegatronOptimizer,
-    random: RandomState,
-    *,
-    add_files: Callable[[Path], None],
-) -> Path:
-    """Write and publish ``directory/iter_NNNNNNN``; collective. Nothing refers to it before it is durable.
+def stage(saved: SavedState, state: TrainState, *, copy: bool) -> Staged:
+    """Gather what a checkpoint holds; collective.
 
     Args:
-        directory: the run's checkpoints directory.
-        add_files: called on rank 0 with the temporary directory, to add the configuration and the tokenizer.
+        saved: what is not tensors.
+        copy: of every tensor, so that training may go on before ``write``.
     """
-    first = dist.get_rank() == 0
-    shared = [str(publish.begin(directory, state.step)) if first else ""]
-    dist.broadcast_object_list(shared, src=0)
-    temporary = Path(shared[0])
-    payload = {**_model_and_optimizer(chunks, optimizer, is_loading=False), "random": _random_object(random.capture())}
-    dist_checkpointing.save(
-        payload,
-        str(temporary),
-        sharded_strategy=ThreadedSave(),
-        validate_access_integrity=False,
-        content_metadata=_content(),
-    )
-    dist.barrier()
-    final = publish.checkpoint_path(directory, state.step)
-    if first:
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1))
-        add_files(temporary)
-        publish.publish(temporary, final)
-    dist.barrier()
+    payload = {
+        **_request(state, state.parts, is_loading=False),
+        "random": _random_object(state.random.capture()),
+        "content_metadata": _content(),
+    }
+    return Staged(saved.step, payload_write.stage(payload, copy=copy), saved.to_json())
+
+
+def write(staged: Staged, to: Destination) -> Path:
+    """Write and publish ``iter_NNNNNNN``; collective over ``to.group``. Nothing refers to it before it is durable.
+
+    Raises:
+        CheckpointError: on every rank, when one of them cannot write. The checkpoints before it are as they were.
+    """
+    final = publish.checkpoint_path(to.directory, staged.step)
+    temporary: Path | None = None
+
+    def finish(temporary: Path) -> None:
+        (temporary / STATE_FILE).write_text(staged.state, encoding="utf-8")
+        to.add_files(temporary)
+        publish.publish(temporary, final, identity=to.identity)
+        to.retention.apply(to.directory, staged.step)
+
+    try:
+        temporary = on_first_rank("begin", lambda: publish.begin(to.directory, staged.step), to.group)
+        payload_write.write(staged.payload, temporary, to.group)
+        on_first_rank("publish", lambda: finish(temporary), to.group)
+    except CheckpointException as failed:
+        error = first_failure(failed)
+        if temporary is not None and dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"the checkpoint of step {staged.step} could not be written to {to.directory} ({error}); those before it "
+            "are whole. Make room or the directory writable, and start the run again: it resumes from the newest"
+        ) from error
     return final
 
 
-def read_state(path: Path) -> SavedState:
-    """``state.json`` of a checkpoint.
+def load(path: Path, state: TrainState, *, layout: dict[str, int]) -> tuple[SavedState, list[str]]:
+    """Read weights, optimizer, parts and, under the layout it was saved with, random states into ``state``. Collective.
+
+    Under another layout the random states have no owner: they are seeded anew from the seed and the step. Step and
+    cursor of ``state`` are the caller's to set.
+
+    Returns:
+        What is not tensors, and the names of the state's parts that the checkpoint does not have: those are as they
+        were.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or of another schema version.
+        CheckpointError: damaged, of another model, or without an optimizer.
     """
-    file = path / "state.json"
-    try:
-        fields = json.loads(file.read_text())
-        version = fields["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}; "
-                "use the program version that wrote it"
-            )
-        return SavedState(**fields)
-    except FileNotFoundError as error:
+    saved = read_state(path)
+    if saved.averaged:
         raise CheckpointError(
-            f"{path} is not a checkpoint: {file.name} is missing; name an iter_NNNNNNN directory"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); choose another checkpoint") from error
-
-
-def load(
-    path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer, random: RandomState, *, layout: dict[str, int]
-) -> SavedState:
-    """Read weights, optimizer and, under the layout it was saved with, random states. Collective.
-
-    Under another layout the random states have no owner: ``random`` is seeded anew from the seed and the step.
-
-    Raises:
-        CheckpointError: damaged, or of another model.
-    """
-    state = read_state(path)
-    same_layout = state.layout == layout
-    request = _model_and_optimizer(chunks, optimizer, is_loading=True)
+            f"{path} holds averaged weights without an optimizer; name it as checkpoint.pretrained_checkpoint of a new "
+            "run"
+        )
+    same_layout = saved.layout == layout
+    stored = {name: part for name, part in state.parts.items() if name in saved.parts}
+    request = _request(state, stored, is_loading=True)
     if same_layout:
         request["random"] = _random_object(None)
-    loaded = _read(request, path)
-    _load_chunks(loaded, chunks)
-    load_optimizer_state(optimizer, loaded["optimizer"])
+    loaded = read_payload(request, path)
+    _load_chunks(loaded, state.chunks)
+    load_optimizer_state(state.optimizer, loaded["optimizer"])
+    for name, part in stored.items():
+        part.load(loaded[name])
     if same_layout:
-        random.restore(loaded["random"])
+        state.random.restore(loaded["random"])
     else:
-        random.reseed(state.step)
-    return state
+        state.random.reseed(saved.step)
+    return saved, [name for name in state.parts if name not in stored]
 
 
-def find(path: Path) -> Path:
-    """The checkpoint that ``path`` means: an iter_NNNNNNN directory, a checkpoints directory, or a run's directory.
+def load_weights(
+    path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer | None = None, *, ema: bool = False
+) -> None:
+    """Read the weights alone, of any layout; an optimizer's master copies follow them. Collective.
+
+    Args:
+        ema: read their averages instead.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: damaged, of another model, or without averages.
     """
-    if (path / "state.json").exists():
-        return path
-    for directory in (path, path / "checkpoints"):
-        if (latest := publish.latest(directory)) is not None:
-            return latest
-    raise CheckpointError(f"{path} holds no checkpoint: name a run's directory or one of its iter_NNNNNNN directories")
-
-
-def load_weights(path: Path, chunks: list[nn.Module], optimizer: MegatronOptimizer | None = None) -> None:
-    """Read the weights alone, of any layout; an optimizer's master copies follow them. Collective."""
-    read_state(path)
-    _load_chunks(_read(_models(chunks), path), chunks)
+    saved = read_state(path)
+    if ema and "ema" not in saved.parts:
+        raise CheckpointError(
+            f"{path} holds no averaged weights: its run did not have train.ema_decay. Leave --ema out, or name a "
+            "checkpoint that has them"
+        )
+    request = _models(chunks)
+    _load_chunks(read_payload(ema_request(request) if ema else request, path), chunks)
     if optimizer is not None:
         optimizer.reload_model_params()
-
-
-def write_tokenizer(model: bytes, checkpoint: Path) -> None:
-    """Put the tokenizer's model beside the weights it belongs to, as ``tokenizer/tokenizer.model``."""
-    (checkpoint / "tokenizer").mkdir()
-    (checkpoint / "tokenizer" / "tokenizer.model").write_bytes(model)
 
 
 def _content() -> dict[str, Any]:
@@ -204,26 +181,16 @@ def _models(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _model_and_optimizer(chunks: list[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    models = _models(chunks)
-    state = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_content())
-    return {**models, "optimizer": state}
+def _request(state: TrainState, parts: Mapping[str, Part], *, is_loading: bool) -> dict[str, Any]:
+    """Sharded state of model, optimizer and parts, to be saved or to be filled."""
+    models = _models(state.chunks)
+    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_content())
+    return {**models, "optimizer": optimizer, **{name: part.sharded_state(models) for name, part in parts.items()}}
 
 
 def _random_object(state: Any) -> ShardedObject:
     """One entry a rank. Their number is the world size, so they are asked for only under the same layout."""
     return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
-
-
-def _read(request: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = dist_checkpointing.load(request, str(path), validate_access_integrity=False)
-        return loaded
-    except (CheckpointingException, dist.checkpoint.api.CheckpointException, RuntimeError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read into this model: {str(error).splitlines()[0]}; "
-            "check that the model section is the one in its config.yaml, or choose another checkpoint"
-        ) from error
 
 
 def _load_chunks(loaded: dict[str, Any], chunks: list[nn.Module]) -> None:

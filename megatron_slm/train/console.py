@@ -40,6 +40,12 @@ class Console:
             self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
             self._bar.update()
 
+    def rewind(self, step: int) -> None:
+        """Set the bar back to ``step``."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+
     def close(self) -> None:
         """Leave the bar as it stands and close the file."""
         if self._bar is not None:
@@ -66,6 +72,8 @@ def iteration_line(results: Sequence[StepResult], *, train_iters: int, tflops_pe
     milliseconds = 1e3 * sum(result.times.total for result in results) / len(results)
     line = f" [{now:%Y-%m-%d %H:%M:%S.%f}] iteration {last.step:8d}/{train_iters:8d} |"
     line += f" consumed samples: {last.consumed_samples:12d} |"
+    if last.skipped_samples:
+        line += f" skipped samples: {last.skipped_samples:12d} |"
     line += f" elapsed time per iteration (ms): {milliseconds:.1f} |"
     # One decimal is Megatron's; a CPU rank would read 0.0 with it.
     line += f" throughput per GPU (TFLOP/s/GPU): {tflops_per_second:.{1 if tflops_per_second >= 1 else 4}f} |"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class StepResult:
     consumed_tokens: int
     """Tokens read since step 0, masked ones included: samples x seq_length."""
     loss: float
-    """Mean cross-entropy in nats over ``num_tokens``; NaN on a rank where the model does not end."""
+    """Mean cross-entropy in nats over ``num_tokens``, on every rank."""
     num_tokens: int
-    """Tokens of this step that count in the loss; 0 where the loss is not known."""
+    """Tokens of this step that count in the loss."""
     grad_norm: float
     """Global L2 norm before clipping."""
     learning_rate: float
@@ -41,9 +42,27 @@ class StepResult:
     """Samples of this step."""
     times: StepTimes
     skipped: bool
-    """The update was not applied (a gradient was not finite)."""
+    """The update was not applied: the guard has rejected the batch."""
     sample_digest: str
-    """Rolling digest of every sample consumed so far: equal for every layout."""
+    """Rolling digest of every sample trained on so far: equal for every layout."""
+    skipped_samples: int = 0
+    """Samples passed over by roll-backs since step 0; they count in ``consumed_samples``."""
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """Means over ``num_tokens`` of what the stage's loss logs beside "lm loss"."""
+
+
+class Part(Protocol):
+    """Tensors that a checkpoint holds beside model and optimizer, by a name of their own."""
+
+    def sharded_state(self, models: dict[str, Any]) -> dict[str, Any]:
+        """Core's sharded tensors, to be saved or to be filled; collective.
+
+        Args:
+            models: sharded state of the model's chunks, as core names them.
+        """
+
+    def load(self, loaded: dict[str, Any]) -> None:
+        """Take over what ``sharded_state`` has asked for."""
 
 
 class Hook:
@@ -58,6 +77,12 @@ class Hook:
     def before_step(self, state: Any, step: int) -> None:
         """Before update ``step`` (counted from 1) reads its data."""
 
+    def before_forward(self, state: Any, inputs: Any) -> None:
+        """With the step's ``StepInput``, before its forward pass. Random states must be left as they were."""
+
+    def before_update(self, state: Any, inputs: Any) -> None:
+        """When the gradients are accepted: reduced, not clipped, in the optimizer's own tensors."""
+
     def after_step(self, state: Any, result: StepResult) -> None:
         """After every update, applied or skipped."""
 
@@ -66,3 +91,20 @@ class Hook:
 
     def after_run(self, state: Any, code: int) -> None:
         """Once, when the run ends in order; ``code`` is the exit code it will have: 0 target reached, 75 stopped."""
+
+    def in_trouble(self) -> bool:
+        """Whether work in the background has failed on this rank. Asked in every step; it costs no exchange."""
+        return False
+
+    def on_trouble(self, state: Any) -> None:
+        """On every rank, once one of them is in trouble: raises a ``UserError`` if this hook is the one."""
+
+    def finished(self) -> bool:
+        """Whether the run has reached its end before ``train_iters``; must be the same on every rank."""
+        return False
+
+    def settle(self) -> None:
+        """Wait for what runs in the background: before a roll-back, and before the run ends with an error."""
+
+    def rewind(self, state: Any) -> None:
+        """After a roll-back: ``state`` is the checkpoint's, and steps after it will be made again."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_slm.errors import NonFiniteError
-from megatron_slm.parallel.groups import any_rank
-from megatron_slm.train.hook import Hook, StepResult
-from megatron_slm.train.step import StepInput, StepPlan, TrainState, train_step
+from megatron_slm.errors import UserError
+from megatron_slm.train.guard import Guard
+from megatron_slm.train.hook import Hook
+from megatron_slm.train.intervention import Interventions
+from megatron_slm.train.step import Outcome, StepInput, StepPlan, TrainState, train_step
 
 EXIT_REACHED, EXIT_STOPPED = 0, 75
 
@@ -22,16 +22,20 @@ def run_loop(
     *,
     train_iters: int,
     should_stop: Callable[[int], bool],
+    guard: Guard,
+    interventions: Interventions,
 ) -> int:
     """Train from ``state.step`` to ``train_iters``. Collective.
 
     Args:
-        inputs: global batches from the state's cursor on.
+        inputs: global batches from the state's cursor on, wherever that stands.
         hooks: called in this order after a step, and in the reverse order at the end.
         should_stop: this rank's wish after so many steps; one rank's wish stops all of them after the same step.
+        guard: judges every step before its update.
+        interventions: what is done about a step that the guard rejects.
 
     Raises:
-        NonFiniteError: on every rank, after a step whose gradients are not finite and before any hook sees the state.
+        NonFiniteError, SpikeError: on every rank, at a rejected step that ends the run; nothing of it was applied.
 
     Returns:
         The exit code: 0 the target was reached, 75 the run stopped before it. Either way ``after_run`` has been called,
@@ -39,33 +43,51 @@ def run_loop(
     """
     for hook in hooks:
         hook.before_run(state)
-    stopped, save_seconds = False, 0.0
-    while state.step < train_iters and not stopped:
+    stopped = finished = False
+    hook_seconds = 0.0
+    while state.step < train_iters and not stopped and not finished:
         for hook in hooks:
             hook.before_step(state, state.step + 1)
-        result = train_step(state, plan, lambda: next(inputs), save_seconds)
-        refuse_non_finite(result)
+        outcome = train_step(
+            state,
+            plan,
+            lambda: next(inputs),
+            guard,
+            hooks,
+            wants_stop=should_stop(state.step + 1),
+            checkpoint_seconds=hook_seconds,
+        )
         started = time.perf_counter()
-        for hook in hooks:
-            hook.after_step(state, result)
-        save_seconds = time.perf_counter() - started
-        stopped = any_rank(should_stop(state.step), plan.device)
-    code = EXIT_REACHED if state.step >= train_iters else EXIT_STOPPED
+        _follow_up(state, plan, outcome, guard, hooks, interventions=interventions)
+        hook_seconds = time.perf_counter() - started
+        stopped = outcome.stop
+        finished = any(hook.finished() for hook in hooks)
+    code = EXIT_REACHED if finished or state.step >= train_iters else EXIT_STOPPED
     for hook in reversed(hooks):
         hook.after_run(state, code)
     return code
 
 
-def refuse_non_finite(result: StepResult) -> None:
-    """End the run at the first step whose gradient norm, which is global, is NaN or infinite.
-
-    Raises:
-        NonFiniteError: names the step, and what to do about it.
-    """
-    if not math.isfinite(result.grad_norm):
-        raise NonFiniteError(
-            f"step {result.step}: the gradient norm is {result.grad_norm} (learning rate "
-            f"{result.learning_rate:g}). Nothing of this step is saved; the newest checkpoint is from before it. Lower "
-            "optimizer.lr, set optimizer.clip_grad, or look at its samples with mslm data inspect (positions "
-            f"{result.consumed_samples - result.batch_size} to {result.consumed_samples - 1})."
-        )
+def _follow_up(
+    state: TrainState,
+    plan: StepPlan,
+    outcome: Outcome,
+    guard: Guard,
+    hooks: Sequence[Hook],
+    *,
+    interventions: Interventions,
+) -> None:
+    """What comes after a step: trouble in the background, a rejected batch, and the hooks."""
+    try:
+        if outcome.trouble:
+            for hook in hooks:
+                hook.on_trouble(state)
+        counted = interventions.take(state, plan, outcome, guard, hooks)
+    except UserError:
+        for hook in hooks:
+            hook.settle()
+        raise
+    state.records["guard"] = guard.record()
+    if counted:
+        for hook in hooks:
+            hook.after_step(state, outcome.result)

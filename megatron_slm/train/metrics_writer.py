@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -55,6 +55,7 @@ class MetricsWriter(Hook):
         self._throughput, self._memory = throughput, memory
         self._metrics = _open_records(self._run.metrics, step)
         self._validations = _open_records(self._run.validation, step)
+        self._dynamics: TextIO | None = None
         self._tensorboard = _open_tensorboard(self._run.tensorboard, step) if log.tensorboard else None
         self._console = Console(self._run.log, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
         self._since_line: list[StepResult] = []
@@ -62,6 +63,11 @@ class MetricsWriter(Hook):
     def say(self, line: str) -> None:
         """Print a line of the run and keep it in ``log.txt``."""
         self._console.say(line)
+
+    def warn(self, line: str) -> None:
+        """Print a warning, and keep it in ``progress.txt`` too."""
+        self.say(f"warning: {line}")
+        self._progress(f"Warning\t{line}")
 
     def before_run(self, state: Any) -> None:
         """Note the start in ``progress.txt``."""
@@ -79,11 +85,27 @@ class MetricsWriter(Hook):
         if result.step % self._interval == 0 or result.step == self._train_iters:
             self._line(memory)
 
-    def validation(self, loss: float, *, tokens: int, step: int, consumed_samples: int) -> None:
+    def validation(
+        self,
+        loss: float,
+        *,
+        tokens: int,
+        step: int,
+        consumed_samples: int,
+        by_source: Mapping[str, float] | None = None,
+        averaged: float | None = None,
+    ) -> None:
         """Report a mean held-out loss in nats over ``tokens`` tokens, taken after ``step`` updates.
 
         It goes to ``validation.jsonl``, whose records look like those of ``metrics.jsonl``.
+
+        Args:
+            by_source: the loss of each source of a mixture.
+            averaged: the loss of the averaged weights.
         """
+        parts = {f"lm loss validation/{name}": part for name, part in (by_source or {}).items()}
+        if averaged is not None:
+            parts["lm loss validation ema"] = averaged
         record = {
             "step": step,
             "consumed_samples": consumed_samples,
@@ -91,12 +113,47 @@ class MetricsWriter(Hook):
             "lm_loss_bits": float(loss).hex(),
             "loss_tokens": tokens,
         }
+        if by_source:
+            record["lm_loss_by_source"] = {name: finite(part) for name, part in by_source.items()}
+        if averaged is not None:
+            record["lm_loss_ema"] = finite(averaged)
         _write(self._validations, record)
         for line in validation_lines(loss, where=f"iteration {step}"):
             self.say(line)
+        if parts:
+            self.say(" " + " | ".join(f"{name}: {part:.6E}" for name, part in parts.items()))
         if self._tensorboard is not None:
-            scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss)}
+            scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss), **parts}
             self._tensorboard.write(scalars, step=step, consumed_samples=consumed_samples)
+
+    def dynamics(self, record: dict[str, Any]) -> None:
+        """Keep one measurement of the training dynamics in ``dynamics.jsonl`` and TensorBoard.
+
+        Args:
+            record: "step", "consumed_samples", and numbers or {layer: number} by name.
+        """
+        if self._dynamics is None:
+            self._dynamics = _open_records(self._run.dynamics, self._step)
+        clean = {
+            name: {layer: finite(number) for layer, number in value.items()} if isinstance(value, dict) else value
+            for name, value in record.items()
+        }
+        _write(self._dynamics, clean)
+        if self._tensorboard is not None:
+            self._tensorboard.write(_tags(record), step=record["step"], consumed_samples=record["consumed_samples"])
+
+    def rewind(self, state: Any) -> None:
+        """Cut what was recorded after the checkpoint that the run went back to."""
+        self._step = state.step
+        self._since_line = [result for result in self._since_line if result.step <= state.step]
+        self._console.rewind(state.step)
+        for file in (self._metrics, self._validations, self._dynamics):
+            if file is not None:
+                truncate_records(Path(file.name), state.step)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _open_tensorboard(self._run.tensorboard, state.step)
+        self._progress(f"Rolled back\tIteration: {state.step}")
 
     def after_save(self, state: Any, checkpoint: Path) -> None:
         """Note the checkpoint in ``progress.txt``, and print where it is."""
@@ -110,8 +167,9 @@ class MetricsWriter(Hook):
         self._progress(f"Ending job\tExit code: {code}")
         if self._tensorboard is not None:
             self._tensorboard.close()
-        self._metrics.close()
-        self._validations.close()
+        for file in (self._metrics, self._validations, self._dynamics):
+            if file is not None:
+                file.close()
         self._console.close()
 
     def _line(self, memory: MemoryUse) -> None:
@@ -129,6 +187,7 @@ class MetricsWriter(Hook):
             "loss-scale": 1.0,
             "grad-norm": last.grad_norm,
             "lm loss": last.loss,
+            **last.extra,
             "iteration-time": seconds / len(results),
             "throughput": tflops,
             "world-size": self._throughput.world_size,
@@ -140,6 +199,18 @@ class MetricsWriter(Hook):
 
     def _progress(self, event: str) -> None:
         append_progress(self._run.progress, event, world_size=self._throughput.world_size, now=datetime.now())
+
+
+def _tags(record: dict[str, Any]) -> dict[str, float]:
+    """ "grad_norm": {"layer_3": x} -> "grad-norm/layer_3": x; numbers that are not finite are left out."""
+    tags: dict[str, float] = {}
+    for name, value in record.items():
+        if name in ("step", "consumed_samples"):
+            continue
+        tag = name.replace("_", "-")
+        parts = {f"{tag}/{key}": part for key, part in value.items()} if isinstance(value, dict) else {tag: value}
+        tags.update({key: part for key, part in parts.items() if finite(part) is not None})
+    return tags
 
 
 def _open_tensorboard(directory: Path, step: int) -> TensorBoardScalars:

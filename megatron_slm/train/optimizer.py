@@ -1,8 +1,7 @@
-"""AdamW through core's optimizers (distributed or not), parameter groups, and one update."""
+"""AdamW through core's optimizers (distributed or not), parameter groups, the gradient norm and one update."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,20 +10,13 @@ from megatron.core.optimizer import (
     OptimizerConfig as CoreOptimizerConfig,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from megatron_slm.model.gpt import HIDDEN_MATRICES
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
 from megatron_slm.train.optimizer_state import inner_optimizers, keep_buckets_in_place
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer step did. ``grad_norm`` is global and taken before clipping."""
-
-    grad_norm: float
-    applied: bool
 
 
 def build_optimizer(
@@ -97,7 +89,20 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, peak: 
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
 
 
-def update(optimizer: MegatronOptimizer) -> Update:
-    """Clip, step and gather the parameters."""
-    applied, grad_norm, _ = optimizer.step()
-    return Update(grad_norm=float(grad_norm or 0.0), applied=bool(applied))
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Put the reduced gradients into the optimizer's own tensors; returns their global L2 norm."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm() or 0.0)
+
+
+def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Clip by the norm that ``gradient_norm`` has returned, step and gather the parameters.
+
+    Core's own ``step`` does all of it at once; between its parts the batch can still be rejected.
+    """
+    for inner in inner_optimizers(optimizer):
+        parameters = inner.get_parameters()
+        if inner.config.clip_grad > 0.0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=grad_norm)
+    with torch.no_grad():
+        optimizer.step_with_ready_grads()

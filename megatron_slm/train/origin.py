@@ -3,63 +3,112 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
 
 from megatron_slm.config.load import load
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.data.cursor import Cursor, check_resume
+from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.resume import check_resume
 from megatron_slm.errors import CheckpointError
 from megatron_slm.model.config import ModelConfig
-from megatron_slm.train import checkpoint, publish
+from megatron_slm.train import checkpoint, recovery
 from megatron_slm.train.step import TrainState
 
 
-def verify_origin(config: RunConfig, checkpoints: Path, start: Cursor, *, fresh: bool) -> None:
-    """Read the checkpoint that ``restore`` will load, before anything of the run is written. One rank alone.
+class Origin(NamedTuple):
+    """Where the state of a run comes from: ``path`` is verified, None for a new run."""
+
+    path: Path | None = None
+    weights_only: bool = False
+    warning: str | None = None
+    """Which checkpoint should have been used, and why it is not."""
+
+
+def verify_origin(config: RunConfig, checkpoints: Path, start: Cursor, identity: str, *, fresh: bool) -> Origin:
+    """Find and verify what ``restore`` will load, before anything of the run is written. One rank alone.
+
+    A checkpoint of the run that is damaged, or of another run, is passed over for the one before it.
 
     Args:
         checkpoints: of the run.
         start: a cursor of the present data; its position does not matter.
+        identity: digest of the run's identity.
         fresh: the run's own checkpoints are about to be moved aside.
 
     Raises:
         CheckpointError: missing, damaged, of another model, or its next samples would not be the ones it promised.
     """
-    latest = None if fresh else publish.latest(checkpoints)
-    if latest is not None:
-        publish.verify(latest)
-        check_resume(Cursor.from_dict(checkpoint.read_state(latest).cursor), start)
-    elif config.checkpoint.pretrained_checkpoint is not None:
-        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
-        publish.verify(source)
-        checkpoint.read_state(source)
-        require_same_shape(source, config.model)
+    if not fresh and (own := recovery.newest_whole(checkpoints, identity=identity)) is not None:
+        check_resume(Cursor.from_dict(own.state.cursor), start)
+        return Origin(own.path, warning=own.warning)
+    if config.checkpoint.pretrained_checkpoint is not None:
+        source = recovery.find(Path(config.checkpoint.pretrained_checkpoint))
+        require_same_shape(source.path, config.model)
+        return Origin(source.path, weights_only=True, warning=source.warning)
+    return Origin()
 
 
-def restore(state: TrainState, config: RunConfig, checkpoints: Path, *, layout: dict[str, int]) -> str:
+def restore(
+    state: TrainState, config: RunConfig, origin: Origin | None, *, layout: dict[str, int]
+) -> tuple[str | None, list[str]]:
     """Load what ``verify_origin`` has accepted into a new state. Collective.
 
     Args:
+        origin: from ``verify_origin`` on rank 0, whose choice is every rank's; None on the others.
         layout: degrees under which random states have their owners.
 
     Returns:
-        What the state came from, in words.
+        The origin's warning, and what the state came from, in words.
 
     Raises:
         CheckpointError: of another model.
     """
-    latest = publish.latest(checkpoints)
-    if latest is not None:
-        saved = checkpoint.load(latest, state.chunks, state.optimizer, state.random, layout=layout)
-        state.step, state.cursor = saved.step, Cursor.from_dict(saved.cursor)
-        done = saved.step >= config.train.train_iters
-        return f"resumed {latest} at step {saved.step}" + (
-            f"; train.train_iters = {config.train.train_iters} is reached already" if done else ""
-        )
-    if config.checkpoint.pretrained_checkpoint is not None:
-        source = checkpoint.find(Path(config.checkpoint.pretrained_checkpoint))
-        checkpoint.load_weights(source, state.chunks, state.optimizer)
-        return f"weights from {source}; new optimizer, step 0"
-    return f"new run from seed {config.train.seed}"
+    chosen = _of_first_rank(origin)
+    if chosen.path is None:
+        return None, [f"new run from seed {config.train.seed}"]
+    if chosen.weights_only:
+        checkpoint.load_weights(chosen.path, state.chunks, state.optimizer)
+        return chosen.warning, [f"weights from {chosen.path}; new optimizer, step 0"]
+    words = _resume(state, chosen.path, layout)
+    if state.step >= config.train.train_iters:
+        words[0] += f"; train.train_iters = {config.train.train_iters} is reached already"
+    return chosen.warning, words
+
+
+def roll_back(state: TrainState, checkpoints: Path, identity: str, *, layout: dict[str, int]) -> str | None:
+    """Load the newest whole checkpoint of a running run. Collective.
+
+    Returns:
+        Where it was read from and what was wrong with newer ones; None where there is none.
+    """
+    found = recovery.newest_whole(checkpoints, identity=identity) if dist.get_rank() == 0 else None
+    chosen = _of_first_rank(Origin(found.path, warning=found.warning) if found else Origin())
+    if chosen.path is None:
+        return None
+    _resume(state, chosen.path, layout)
+    return str(chosen.path) if chosen.warning is None else f"{chosen.path} ({chosen.warning})"
+
+
+def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
+    """Make ``state`` what ``path`` holds, in the present order of samples; says what is not as it was saved."""
+    saved, absent = checkpoint.load(path, state, layout=layout)
+    resumed = check_resume(Cursor.from_dict(saved.cursor), state.cursor)
+    state.step, state.cursor, state.records = saved.step, resumed.cursor, dict(saved.records)
+    return [
+        f"resumed {path} at step {saved.step}",
+        *(f"warning: {path.name} holds no {name}: it starts from the loaded weights" for name in absent),
+        *resumed.changes,
+    ]
+
+
+def _of_first_rank(origin: Origin | None) -> Origin:
+    """Rank 0's choice: two ranks that looked for themselves could find two checkpoints."""
+    shared = [origin]
+    dist.broadcast_object_list(shared, src=0)
+    assert shared[0] is not None, "rank 0 has verified where the state comes from"
+    return shared[0]
 
 
 def require_same_shape(source: Path, model: ModelConfig) -> None:

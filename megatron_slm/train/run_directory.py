@@ -48,6 +48,11 @@ class RunDirectory:
         return self.path / "validation.jsonl"
 
     @property
+    def dynamics(self) -> Path:
+        """One object a measurement of the training dynamics."""
+        return self.path / "dynamics.jsonl"
+
+    @property
     def tensorboard(self) -> Path:
         """Directory of TensorBoard's event files."""
         return self.path / "tensorboard"
@@ -64,18 +69,24 @@ class RunDirectory:
 
 
 def prepare(
-    resolved: Resolved, *, identity: Mapping[str, Any], fresh: bool, environment: Mapping[str, Any]
+    resolved: Resolved,
+    *,
+    identity: Mapping[str, Any],
+    fresh: bool,
+    environment: Mapping[str, Any],
+    data: Mapping[str, Any],
 ) -> RunDirectory:
     """Make the directory of a run, or find it again. To be called by one rank, before any other writes there.
 
     A resume may change layout, batch sizes, optimizer, schedule and length; precision counts as part of the identity.
-    What it replaces (``config.yaml``, ``provenance.json``, ``environment.json``) is kept as ``config.yaml.1``, ... .
+    What it replaces (``config.yaml``, ``provenance.json``, ``environment.json``, ``data.json``) is kept as ``config.yaml.1``, ... .
 
     Args:
         resolved: gives ``log.runs_dir`` and ``name``, ``config.yaml`` and ``provenance.json``.
         identity: nested fields that make two runs the same run: model, data with its digest, seed.
         fresh: move an existing run aside, to ``NAME.1``, ``NAME.2`` ..., and start anew.
         environment: facts only the caller knows (launcher, world size, device), added to ``environment.json``.
+        data: sources, their provenance and licences, for ``data.json``.
 
     Raises:
         CheckpointError: the directory belongs to another run or to no run; the message lists the fields that differ.
@@ -91,6 +102,7 @@ def prepare(
         "config.yaml": resolved.to_yaml(),
         "provenance.json": _to_json(resolved.provenance_record()),
         "environment.json": _to_json({**environment, **surroundings()}),
+        "data.json": _to_json(data),
     }
     _keep_previous(directory.path, records)
     for name, text in records.items():
@@ -107,11 +119,25 @@ def check(resolved: Resolved, *, identity: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: lists the fields that differ.
     """
+    fields = identity_fields(resolved, identity)
+    _check_identity(Path(resolved.config.log.runs_dir) / str(resolved.config.name), fields)
+    return fields
+
+
+def identity_fields(resolved: Resolved, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity as it is stored, precision included."""
     fields: dict[str, Any] = json.loads(
         json.dumps({**identity, "precision": asdict(resolved.config.precision)}, default=str)
     )
-    _check_identity(Path(resolved.config.log.runs_dir) / str(resolved.config.name), fields)
     return fields
+
+
+def stored_identity(path: Path) -> str | None:
+    """Digest of the identity of the run in ``path``; None where none is stored."""
+    try:
+        return digest(json.loads((path / IDENTITY).read_text(encoding="utf-8"))["fields"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextlib.contextmanager

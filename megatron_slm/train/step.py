@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,12 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import zero_gradients
 from megatron_slm.parallel.groups import is_last_pipeline_rank
 from megatron_slm.parallel.pipeline import Batch, LossFunction, run_schedule
-from megatron_slm.train.hook import StepResult, StepTimes
-from megatron_slm.train.optimizer import set_learning_rate, update
+from megatron_slm.train.guard import Guard, Verdict
+from megatron_slm.train.hook import Hook, Part, StepResult, StepTimes
+from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
 from megatron_slm.train.random_state import RandomState
+
+LOSS = "lm loss"
 
 
 class StepInput(NamedTuple):
@@ -42,6 +45,10 @@ class TrainState:
     random: RandomState
     cursor: Cursor
     step: int = 0
+    records: dict[str, Any] = field(default_factory=dict)
+    """What hooks and guard remember, as JSON values by name."""
+    parts: dict[str, Part] = field(default_factory=dict)
+    """Tensors beside model and optimizer, by name."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class StepPlan:
         peak_learning_rate: the configured rate that parameter groups keep their ratio to.
         groups: process groups.
         device: this rank's.
+        logged: what ``loss`` logs, "lm loss" first.
     """
 
     loss: LossFunction
@@ -62,23 +70,106 @@ class StepPlan:
     seq_length: int
     groups: Any
     device: torch.device
+    logged: tuple[str, ...] = (LOSS,)
+
+
+class Outcome(NamedTuple):
+    """A step, judged. When the verdict forbids it, no update was made and ``state`` stands before the step."""
+
+    result: StepResult
+    verdict: Verdict
+    inputs: StepInput
+    random: dict[str, Any]
+    """Random states before the step, to run it again."""
+    stop: bool
+    """Some rank wants to stop after this step."""
+    trouble: bool
+    """Work in the background has failed on some rank."""
+
+
+class Agreed(NamedTuple):
+    """What all ranks know of a step after their one exchange."""
+
+    means: dict[str, float]
+    tokens: int
+    suspected: bool
+    stop: bool
+    trouble: bool
 
 
 def train_step(
-    state: TrainState, plan: StepPlan, next_input: Callable[[], StepInput], checkpoint_seconds: float
-) -> StepResult:
-    """Take the next global batch through forward, backward and update; ``state`` advances. Collective.
+    state: TrainState,
+    plan: StepPlan,
+    next_input: Callable[[], StepInput],
+    guard: Guard,
+    hooks: Sequence[Hook] = (),
+    *,
+    wants_stop: bool = False,
+    checkpoint_seconds: float = 0.0,
+) -> Outcome:
+    """Take the next global batch through forward, backward and, if the guard accepts it, update. Collective.
+
+    ``state`` advances with an applied update only.
 
     Args:
         next_input: gives the global batch; its time is the step's data time.
-        checkpoint_seconds: of a save since the last step, passed through to the record.
+        wants_stop: this rank's wish to stop after the step.
+        checkpoint_seconds: of a save since the last step, for the record.
     """
     started = time.perf_counter()
+    random = state.random.capture()
     inputs = next_input()
     loaded = time.perf_counter()
+    for hook in hooks:
+        hook.before_forward(state, inputs)
+    logged = forward_backward(state, plan, inputs)
+    device_seam.synchronize(plan.device.type)
+    computed = time.perf_counter()
+    norm = gradient_norm(state.optimizer)
+    troubled = any(hook.in_trouble() for hook in hooks)
+    agreed = agree(logged, plan, suspected=guard.suspects(norm), stop=wants_stop, trouble=troubled)
+    loss = agreed.means[LOSS]
+    verdict = guard.judge(loss, norm, suspected=agreed.suspected)
+    learning_rate = plan.learning_rate(state.step)
+    begun_at = state.cursor.consumed_samples
+    if verdict.applies:
+        for hook in hooks:
+            hook.before_update(state, inputs)
+        set_learning_rate(state.optimizer, learning_rate, plan.peak_learning_rate)
+        apply_update(state.optimizer, norm)
+        guard.accept(loss, norm)
+        state.step, state.cursor = state.step + 1, inputs.cursor
+    ended = time.perf_counter()
+    times = StepTimes(
+        data=loaded - started,
+        forward_backward=computed - loaded,
+        optimizer=ended - computed,
+        total=ended - started,
+        checkpoint=checkpoint_seconds,
+    )
+    result = StepResult(
+        step=state.step if verdict.applies else state.step + 1,
+        consumed_samples=inputs.cursor.consumed_samples,
+        consumed_tokens=inputs.cursor.consumed_samples * plan.seq_length,
+        loss=loss,
+        num_tokens=agreed.tokens,
+        grad_norm=norm,
+        learning_rate=learning_rate,
+        batch_size=inputs.cursor.consumed_samples - begun_at,
+        times=times,
+        skipped=not verdict.applies,
+        sample_digest=inputs.cursor.rolling_digest,
+        skipped_samples=inputs.cursor.skipped_samples,
+        extra={name: mean for name, mean in agreed.means.items() if name != LOSS},
+    )
+    return Outcome(result, verdict, inputs, random, agreed.stop, agreed.trouble)
+
+
+def forward_backward(state: TrainState, plan: StepPlan, inputs: StepInput) -> list[dict[str, Tensor]]:
+    """Clear the gradients and take the batch through the schedule; returns what the loss logged, where it is known."""
     zero_gradients(state.chunks)
     state.optimizer.zero_grad()
-    logged = run_schedule(
+    return run_schedule(
         state.chunks,
         inputs.micro_batches,
         plan.loss,
@@ -86,46 +177,21 @@ def train_step(
         seq_length=plan.seq_length,
         groups=plan.groups,
     )
-    device_seam.synchronize(plan.device.type)
-    computed = time.perf_counter()
-    learning_rate = plan.learning_rate(state.step)
-    set_learning_rate(state.optimizer, learning_rate, plan.peak_learning_rate)
-    done = update(state.optimizer)
-    loss, tokens = global_loss(logged, plan)
-    ended = time.perf_counter()
-    samples = inputs.cursor.consumed_samples - state.cursor.consumed_samples
-    state.step += 1
-    state.cursor = inputs.cursor
-    return StepResult(
-        step=state.step,
-        consumed_samples=state.cursor.consumed_samples,
-        consumed_tokens=state.cursor.consumed_samples * plan.seq_length,
-        loss=loss,
-        num_tokens=tokens,
-        grad_norm=done.grad_norm,
-        learning_rate=learning_rate,
-        batch_size=samples,
-        times=StepTimes(
-            data=loaded - started,
-            forward_backward=computed - loaded,
-            optimizer=ended - computed,
-            total=ended - started,
-            checkpoint=checkpoint_seconds,
-        ),
-        skipped=not done.applied,
-        sample_digest=state.cursor.rolling_digest,
+
+
+def agree(logged: list[dict[str, Tensor]], plan: StepPlan, *, suspected: bool, stop: bool, trouble: bool) -> Agreed:
+    """The step's only exchange beside its gradients: one all-reduce of a few numbers over all ranks."""
+    flags = torch.tensor([float(suspected), float(stop), float(trouble)], dtype=torch.float64, device=plan.device)
+    sums = torch.zeros(len(plan.logged), 2, dtype=torch.float64, device=plan.device)
+    # Each tp rank of the last pipeline stage holds the same sums: one of them counts.
+    if is_last_pipeline_rank(plan.groups) and plan.groups.tp.rank() == 0:
+        sums += torch.stack([torch.stack([entry[name] for name in plan.logged]) for entry in logged]).sum(dim=0)
+    vector = torch.cat([flags, sums.flatten()])
+    dist.all_reduce(vector)
+    values: list[float] = vector.tolist()
+    pairs = zip(plan.logged, values[3::2], values[4::2], strict=True)
+    means = {name: total / count if count else math.nan for name, total, count in pairs}
+    tokens = values[4]
+    return Agreed(
+        means, round(tokens) if math.isfinite(tokens) else 0, values[0] > 0.0, values[1] > 0.0, values[2] > 0.0
     )
-
-
-def global_loss(logged: list[dict[str, Tensor]], plan: StepPlan) -> tuple[float, int]:
-    """Mean loss and number of loss tokens over all data-parallel ranks; (NaN, 0) where the model does not end.
-
-    One all-reduce of two numbers over data parallelism, on the last pipeline stage only.
-    """
-    if not is_last_pipeline_rank(plan.groups):
-        return math.nan, 0
-    total = torch.stack([entry["lm loss"] for entry in logged]).sum(dim=0)
-    if plan.groups.dp.size() > 1:
-        dist.all_reduce(total, group=plan.groups.dp)
-    summed, tokens = total.tolist()
-    return (summed / tokens if tokens else math.nan), round(tokens)

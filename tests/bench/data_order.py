@@ -25,9 +25,11 @@ import torch
 
 from megatron_slm.data.config import DataConfig
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.cursor import Cursor, check_resume
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.data.mixture import MixtureOrder
 from megatron_slm.data.order import SampleOrder
+from megatron_slm.data.resume import check_resume
 from megatron_slm.data.shards import ShardWriter
 
 DOCUMENTS, SEQ_LENGTH, SEED = 1000, 8, 1234
@@ -81,35 +83,35 @@ def order_of_ours(directory: Path) -> tuple[list[int], list[int]]:
             writer.add_document([FIRST_ID + document] * (SEQ_LENGTH - 1))
         writer.add_document([])  # The last label of the last sample.
     corpus = Corpus.open(directory, verify="hash")
-    order = SampleOrder(corpus.num_samples(SEQ_LENGTH), SEED, corpus.digest, SEQ_LENGTH)
-    planned = read(corpus, order, 0, STOPPED, global_batch_size=50, micro_batch_size=5, ranks=2)
+    order = MixtureOrder.of_one("one", SampleOrder(DOCUMENTS, SEED, corpus.digest, SEQ_LENGTH))
+    planned = read(
+        corpus, Cursor.start(order, corpus.tokenizer_hash), STOPPED, global_batch_size=50, micro_batch_size=5, ranks=2
+    )
     stored = json.dumps(Cursor.start(order, corpus.tokenizer_hash).advance(STOPPED).to_dict())
 
     saved, corpus = Cursor.from_dict(json.loads(stored)), Corpus.open(directory)
     check_resume(saved, Cursor.start(order, corpus.tokenizer_hash))
-    before = read(corpus, saved.order, 0, STOPPED, global_batch_size=30, micro_batch_size=1, ranks=3)
-    after = read(
-        corpus, saved.order, saved.consumed_samples, EXTENDED, global_batch_size=30, micro_batch_size=1, ranks=3
-    )
+    start = Cursor.start(saved.order, corpus.tokenizer_hash)
+    before = read(corpus, start, STOPPED, global_batch_size=30, micro_batch_size=1, ranks=3)
+    after = read(corpus, saved, EXTENDED, global_batch_size=30, micro_batch_size=1, ranks=3)
     return planned, before + after
 
 
 def read(
     corpus: Corpus,
-    order: SampleOrder,
-    start: int,
+    cursor: Cursor,
     stop: int,
     *,
     global_batch_size: int,
     micro_batch_size: int,
     ranks: int,
 ) -> list[int]:
-    """The document of every sample in positions ``start`` .. ``stop``, in global order."""
+    """The document of every sample from ``cursor`` to position ``stop``, in global order."""
     loaders = [
         TrainLoader(
-            corpus,
-            order,
+            {"one": corpus},
             config=DataConfig(),
+            seq_length=SEQ_LENGTH,
             micro_batch_size=micro_batch_size,
             data_parallel_rank=rank,
             data_parallel_size=ranks,
@@ -117,10 +119,12 @@ def read(
         for rank in range(ranks)
     ]
     documents: list[int] = []
-    for consumed in range(start, stop, global_batch_size):
-        for batches in zip(*(loader.micro_batches(consumed, global_batch_size) for loader in loaders), strict=True):
+    expected = stop - cursor.consumed_samples
+    while cursor.consumed_samples < stop:
+        for batches in zip(*(loader.micro_batches(cursor, global_batch_size) for loader in loaders), strict=True):
             documents += [row - FIRST_ID for batch in batches for row in batch["tokens"][:, 0].tolist()]
-    return documents[: stop - start]
+        cursor = cursor.advance(global_batch_size)
+    return documents[:expected]
 
 
 def order_of_core(directory: Path) -> tuple[list[int], list[int]]:
@@ -174,8 +178,14 @@ def loader_speed(directory: Path, *, num_tokens: int, rounds: int) -> dict[str, 
             writer.add_document(state.integers(FIRST_ID, 32_000, (1 << 16) - 1))
     corpus = Corpus.open(directory)
     order = SampleOrder(corpus.num_samples(seq_length), SEED, corpus.digest, seq_length)
+    start = Cursor.start(MixtureOrder.of_one("one", order), corpus.tokenizer_hash)
     loader = TrainLoader(
-        corpus, order, config=DataConfig(), micro_batch_size=batch, data_parallel_rank=0, data_parallel_size=1
+        {"one": corpus},
+        config=DataConfig(),
+        seq_length=seq_length,
+        micro_batch_size=batch,
+        data_parallel_rank=0,
+        data_parallel_size=1,
     )
     raw = directory / "tokens.bin"
     corpus.tokens(0, corpus.num_tokens).tofile(raw)
@@ -190,7 +200,7 @@ def loader_speed(directory: Path, *, num_tokens: int, rounds: int) -> dict[str, 
             assert rows[:, :-1].shape == rows[:, 1:].shape, "tokens and labels are views"
 
     def by_loader() -> None:
-        for _ in loader.micro_batches(0, steps * batch):
+        for _ in loader.micro_batches(start, steps * batch):
             pass
 
     readers = {"memory map, random rows": by_memory_map, "loader": by_loader}
@@ -208,7 +218,7 @@ def loader_speed(directory: Path, *, num_tokens: int, rounds: int) -> dict[str, 
 
 def sample_id_microseconds(num_samples: int) -> float:
     """Time of one scalar lookup at a position far into training."""
-    order = SampleOrder(num_samples, SEED, "bench", SEQ_LENGTH)
+    order = MixtureOrder.of_one("one", SampleOrder(num_samples, SEED, "bench", SEQ_LENGTH))
     positions = range(2 * num_samples, 2 * num_samples + 500)
     rounds = [seconds_of(lambda: [order.sample_id(position) for position in positions]) for _ in range(9)]
     return statistics.median(rounds) / len(positions) * 1e6

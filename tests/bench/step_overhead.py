@@ -55,6 +55,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
     from megatron_slm.config.load import load
     from megatron_slm.parallel.groups import process_groups
     from megatron_slm.parallel.layout import Layout
+    from megatron_slm.train.guard import Guard
     from megatron_slm.train.hook import Hook
     from megatron_slm.train.loop import run_loop
     from megatron_slm.train.run_directory import RunDirectory
@@ -74,9 +75,10 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
         state, _ = run.build_state(config, data, groups, torch.device("cpu"), bare_loop.VOCAB)
         log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, 0) if environment.rank == 1 else None
         plan = run.step_plan(config, groups, torch.device("cpu"))
-        inputs = run.pretrain.step_inputs(
-            run.train_loader(config, data, groups), state.cursor, GLOBAL_BATCH, plan.device
-        )
+        loader = run.train_loader(config, data, groups)
+        inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan.device)
+        interventions = run.build_interventions(config, loader, record, layout, log)
+        guard = Guard(config.train)
 
         class OpenLog(Hook):
             """The log of a run; only its end is left out, because the next block goes on writing."""
@@ -89,7 +91,14 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
 
         def ours() -> None:
             run_loop(
-                state, plan, inputs, hooks, train_iters=state.step + STEPS_PER_BLOCK, should_stop=lambda step: False
+                state,
+                plan,
+                inputs,
+                hooks,
+                train_iters=state.step + STEPS_PER_BLOCK,
+                should_stop=lambda step: False,
+                guard=guard,
+                interventions=interventions,
             )
 
         bare = bare_loop.build(config.parallel, groups, micro_batches=GLOBAL_BATCH, samples=1)

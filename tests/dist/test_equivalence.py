@@ -117,6 +117,14 @@ def test_recompute_changes_nothing(recompute: str) -> None:
     assert error <= 1e-9, f"{name} differs by {error:.2e}"
 
 
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2", "dp2", "tp2-pp2-sp"])
+def test_z_loss_and_label_smoothing_equal_one_rank(layout: str) -> None:
+    world_size, degrees = LAYOUTS[layout]
+    objective = TrainConfig(global_batch_size=4, z_loss_coefficient=1e-3, label_smoothing=0.1)
+    check_equal(replace(LLAMA, train=objective, iters=5).on(**degrees), world_size, 1e-9)
+    assert one_rank(replace(LLAMA, train=objective, iters=5)).losses[-1] != one_rank(replace(LLAMA, iters=5)).losses[-1]
+
+
 def test_micro_batch_size_changes_nothing() -> None:
     task = replace(LLAMA, iters=5)
     larger = replace(task, train=TrainConfig(micro_batch_size=4, global_batch_size=4))

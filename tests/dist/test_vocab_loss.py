@@ -1,6 +1,8 @@
-"""The vocabulary-parallel loss against torch's cross-entropy over the whole vocabulary."""
+"""The vocabulary-parallel loss against its definition, written out over the whole vocabulary in float64."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return hidden.to(dtype), weight.to(dtype), labels, mask
 
 
-def on_rank(dtype: torch.dtype, chunk: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's loss, summed gradient of the hidden states and gradient of its rows."""
+def on_rank(
+    dtype: torch.dtype, chunk: int, scale: float, terms: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's sums [3], summed gradient of the hidden states and gradient of its rows."""
     import torch.distributed as dist
 
     from megatron_slm.parallel import vocab_loss
@@ -30,44 +34,120 @@ def on_rank(dtype: torch.dtype, chunk: int, scale: float) -> tuple[torch.Tensor,
     rows = PADDED // dist.get_world_size()
     hidden.requires_grad_()
     mine = weight[dist.get_rank() * rows :][:rows].clone().requires_grad_()
-    loss = vocab_loss.vocab_parallel_loss(hidden, mine, labels, mask, group=dist.group.WORLD, vocab_size=VOCAB)
-    (loss * scale).backward()
+    objective = vocab_loss.Objective(VOCAB, *terms)
+    sums = vocab_loss.vocab_parallel_loss(hidden, mine, labels, mask, group=dist.group.WORLD, objective=objective)
+    (sums[vocab_loss.OBJECTIVE] * scale).backward()
     gradient = hidden.grad
     assert gradient is not None and mine.grad is not None
     dist.all_reduce(gradient)
-    return loss.detach(), gradient, mine.grad
+    return sums.detach(), gradient, mine.grad
 
 
-def reference(dtype: torch.dtype, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reference(
+    dtype: torch.dtype, scale: float, terms: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, smoothing = terms
     hidden, weight, labels, mask = (x.double() if x.is_floating_point() else x for x in problem(dtype))
     hidden.requires_grad_(), weight.requires_grad_()
-    losses = torch.nn.functional.cross_entropy(hidden @ weight[:VOCAB].t(), labels, reduction="none")
-    loss = (losses * mask).sum()
-    (loss * scale).backward()
+    log_p = (hidden @ weight[:VOCAB].t()).log_softmax(dim=-1)
+    cross_entropy = -log_p.gather(1, labels[:, None])[:, 0]
+    squared = (hidden @ weight[:VOCAB].t()).logsumexp(dim=-1) ** 2
+    objective = (1 - smoothing) * cross_entropy + smoothing * (-log_p).mean(dim=-1) + z * squared
+    sums = torch.stack([(each * mask).sum() for each in (objective, cross_entropy, squared)])
+    (sums[0] * scale).backward()
     assert hidden.grad is not None and weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+    return sums.detach(), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("chunk", [5, 1024])
-def test_equals_cross_entropy_over_the_whole_vocabulary(
-    world_size: int, chunk: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    results = run_ranks(on_rank, world_size, dtype, chunk, 0.25)
-    expected = reference(dtype, 0.25)
+PLAIN = (0.0, 0.0)
+TERMS = {"plain": PLAIN, "z": (1e-2, 0.0), "smoothing": (0.0, 0.1), "both": (1e-2, 0.1)}
+FORMATS = [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+
+
+def check(world_size: int, chunk: int, terms: str, precision: tuple[torch.dtype, float]) -> None:
+    dtype, tolerance = precision
+    results = run_ranks(on_rank, world_size, dtype, chunk, 0.25, TERMS[terms])
+    expected = reference(dtype, 0.25, TERMS[terms])
     weight_gradient = torch.cat([rows for _, _, rows in results])
-    for loss, hidden_gradient, _ in results:
-        for a, b in ((loss, expected[0]), (hidden_gradient, expected[1]), (weight_gradient, expected[2])):
+    for sums, hidden_gradient, _ in results:
+        for a, b in zip(sums.double(), expected[0], strict=True):
+            assert (a - b).abs() <= tolerance * b.abs()
+        for a, b in ((hidden_gradient, expected[1]), (weight_gradient, expected[2])):
             assert (a.double() - b).norm() <= tolerance * b.norm()
+        masked = problem(dtype)[3] == 0
+        assert masked.any() and hidden_gradient[masked].count_nonzero() == 0, "masked tokens have no gradient"
     assert weight_gradient[VOCAB:].count_nonzero() == 0, "padding rows have no gradient"
 
 
-def largest_tensor_on_rank(tokens: int, vocab: int) -> int:
+@pytest.mark.parametrize("precision", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [5, 1024])
+def test_equals_cross_entropy_over_the_whole_vocabulary(
+    world_size: int, chunk: int, precision: tuple[torch.dtype, float]
+) -> None:
+    check(world_size, chunk, "plain", precision)
+
+
+@pytest.mark.parametrize("precision", FORMATS)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("terms", ["z", "smoothing", "both"])
+def test_z_loss_and_label_smoothing_equal_their_definition(
+    world_size: int, terms: str, precision: tuple[torch.dtype, float]
+) -> None:
+    check(world_size, 5, terms, precision)
+
+
+def test_without_terms_the_objective_is_the_cross_entropy_to_the_last_bit() -> None:
+    for sums, _, _ in run_ranks(on_rank, 4, torch.float32, 5, 1.0, PLAIN):
+        assert sums[0] == sums[1]
+
+
+def gradients_are_exact() -> bool:
+    import torch.distributed as dist
+
+    from megatron_slm.parallel.vocab_loss import Objective, vocab_parallel_loss
+
+    hidden, weight, labels, mask = (x[:6] if x.shape[0] == TOKENS else x for x in problem(torch.float64))
+
+    def minimised(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        objective = Objective(6, 0.3, 0.2)
+        return vocab_parallel_loss(hidden, weight, labels % 6, mask, group=dist.group.WORLD, objective=objective)[0]
+
+    checked: bool = torch.autograd.gradcheck(minimised, (hidden.requires_grad_(), weight[:8].requires_grad_()))
+    return checked
+
+
+def test_gradcheck() -> None:
+    assert run_ranks(gradients_are_exact, 1)[0]
+
+
+def collectives_on_rank(terms: tuple[float, float]) -> int:
+    import torch.distributed as dist
+
+    calls = 0
+    original = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counted
+    on_rank(torch.float32, 1024, 1.0, terms)
+    return calls
+
+
+def test_the_terms_add_no_exchange() -> None:
+    """Two chunks with two collectives each, and the sum of the hidden states' gradient."""
+    for terms in (PLAIN, TERMS["both"]):
+        assert run_ranks(collectives_on_rank, 2, terms) == [5, 5]
+
+
+def largest_tensor_on_rank(tokens: int, vocab: int, terms: tuple[float, float]) -> int:
     import torch.distributed as dist
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from megatron_slm.parallel.vocab_loss import vocab_parallel_loss
+    from megatron_slm.parallel.vocab_loss import Objective, vocab_parallel_loss
 
     class Largest(TorchDispatchMode):
         size = 0
@@ -80,14 +160,16 @@ def largest_tensor_on_rank(tokens: int, vocab: int) -> int:
 
     hidden = torch.randn(tokens, 8, requires_grad=True)
     weight = torch.randn(vocab, 8, requires_grad=True)
+    labels, mask = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
+    objective = Objective(vocab, *terms)
     with Largest():
-        vocab_parallel_loss(
-            hidden, weight, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), group=dist.group.WORLD, vocab_size=vocab
-        ).backward()
+        sums = vocab_parallel_loss(hidden, weight, labels, mask, group=dist.group.WORLD, objective=objective)
+        sums[0].backward()
     return Largest.size
 
 
+@pytest.mark.parametrize("terms", ["plain", "both"])
 @pytest.mark.parametrize("tokens", [512, 4096])
-def test_full_logits_never_exist(tokens: int) -> None:
-    largest = run_ranks(largest_tensor_on_rank, 1, tokens, 1000)[0]
+def test_full_logits_never_exist(tokens: int, terms: str) -> None:
+    largest = run_ranks(largest_tensor_on_rank, 1, tokens, 1000, TERMS[terms])[0]
     assert largest <= min(1024, tokens // 2) * 1000

@@ -34,8 +34,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("overlap",),
     ("launch",),
     ("run_data",),
+    ("run_validation",),
     ("run_hooks",),
     ("run", "run_generate"),
+    ("run_lr_range",),
     ("verify",),
     ("commands",),
     ("cli",),
@@ -43,7 +45,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 BESIDE = ("replay", "diagnose", "doctor")
 """They stand where `memory`, `plan`, `overlap` stand; neither group imports the other."""
 
-ARITHMETIC = ("megatron_slm.parallel.layout", "megatron_slm.model.counts")
+ARITHMETIC = ("megatron_slm.parallel.layout", "megatron_slm.model.counts", "megatron_slm.train.batch_size")
 """Pure functions of numbers and of a section, without torch: `config` checks its rules with them."""
 
 NARROW: dict[str, Callable[[str], bool]] = {

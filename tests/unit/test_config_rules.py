@@ -52,6 +52,7 @@ ACCEPTED = [
     ["--eval-iters", "0"],
     ["--no-accumulate-allreduce-grads-in-fp32", "--bf16"],
     ["--fp64"],
+    ["--noise-scale-interval", "10", "--micro-batch-size", "4", "--layer-norms-interval", "5"],
     ["--device", "cuda", "--bf16"],
     ["name=" + "n" * 200],
 ]
@@ -112,6 +113,14 @@ REFUSED = [
     (
         [*INTERLEAVED, "--num-layers", "8", "--global-batch-size", "3"],
         ("multiple of pp micro-batches", "there are 3", "2 or 4"),
+    ),
+    (
+        ["--noise-scale-interval", "10", "--micro-batch-size", "8"],
+        ("noise_scale_interval = 10 (command line)", "global_batch_size = 8 (default)", "first 8 samples", ": 16;"),
+    ),
+    (
+        [*INTERLEAVED, "--num-layers", "8", "--global-batch-size", "2", "--noise-scale-interval", "10"],
+        ("the first 2 samples", "global_batch_size: 4;"),
     ),
     (["--overlap-param-gather", "--no-use-distributed-optimizer"], ("overlap_param_gather", "distributed optimizer")),
     (["--overlap-param-gather", "--no-overlap-grad-reduce"], ("overlap_param_gather", "overlap_grad_reduce=true")),

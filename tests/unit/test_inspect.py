@@ -32,12 +32,11 @@ def test_train_sample_is_the_one_the_order_gives(data_path: Path) -> None:
     tokenizer = Tokenizer.open(data_path / TOKENIZER_PATH)
     num_samples = corpus.num_samples(300)
     for position in (0, 3, num_samples + 2):
-        sample = SampleOrder(num_samples, 9, corpus.digest, 300).sample_id(position)
-        start = sample.index * 300
+        _, sample = SampleOrder(num_samples, 9, corpus.digest, 300).sample_id(position)
+        start = sample * 300
         lines = inspect(data_path, "train", position, seq_length=300, seed=9).split("\n")
         assert lines[0] == (
-            f"train position {position}: epoch {position // num_samples}, "
-            f"sample {sample.index} of {num_samples}, seed 9"
+            f"train position {position}: epoch {position // num_samples}, sample {sample} of {num_samples}, seed 9"
         )
         files = ", ".join(corpus.files_of(start, start + 301))
         assert lines[1] == f"tokens {start}..{start + 300} of {corpus.num_tokens}, in {files}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,9 @@ import torch
 from megatron_slm.data.batch import Batch, build_batch
 from megatron_slm.data.config import DataConfig
 from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader, ValidLoader, positions_of
+from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.data.order import SampleOrder
 from megatron_slm.data.shards import ShardWriter
 from megatron_slm.errors import ConfigError, DataError
@@ -18,25 +23,47 @@ EOD, SEQ_LENGTH = 2, 8
 SPLITS = [(m, d) for m in (1, 2, 3, 4, 6, 12) for d in (1, 2, 3, 4, 6, 12) if 12 % (m * d) == 0]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    directory = tmp_path_factory.mktemp("corpus")
-    state = np.random.default_rng(0)
+def written(directory: Path, seed: int) -> Corpus:
+    state = np.random.default_rng(seed)
     with ShardWriter(directory, vocab_size=500, eod_id=EOD, tokenizer_hash="t", shard_tokens=90) as writer:
         for size in state.integers(1, 30, 20):
             writer.add_document(state.integers(3, 500, size))
     return Corpus.open(directory)
 
 
-def order_of(corpus: Corpus) -> SampleOrder:
-    return SampleOrder(corpus.num_samples(SEQ_LENGTH), 1, corpus.digest, SEQ_LENGTH)
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return written(tmp_path_factory.mktemp("corpus"), 0)
+
+
+@pytest.fixture(scope="module")
+def corpora(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+    return {"one": corpus, "two": written(tmp_path_factory.mktemp("two"), 1)}
+
+
+def order_of(corpus: Corpus) -> MixtureOrder:
+    return MixtureOrder.of_one("one", SampleOrder(corpus.num_samples(SEQ_LENGTH), 1, corpus.digest, SEQ_LENGTH))
+
+
+def mixture_of(corpora: dict[str, Corpus]) -> MixtureOrder:
+    """Two phases; the second begins at sample 7, inside a step."""
+    sources = tuple(
+        Source(name, SampleOrder(corpus.num_samples(SEQ_LENGTH), 1, corpus.digest, SEQ_LENGTH))
+        for name, corpus in corpora.items()
+    )
+    weights = {"one": Fraction(7), "two": Fraction(3)}
+    return MixtureOrder(sources, (Phase.of(0, weights), Phase.of(7, {**weights, "one": Fraction(1)})))
+
+
+def cursor_at(order: MixtureOrder, position: int) -> Cursor:
+    return Cursor.start(order, "t").skip(position)
 
 
 def train_loader(corpus: Corpus, micro: int, rank: int, size: int) -> TrainLoader:
     return TrainLoader(
-        corpus,
-        order_of(corpus),
+        {"one": corpus},
         config=DataConfig(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True),
+        seq_length=SEQ_LENGTH,
         micro_batch_size=micro,
         data_parallel_rank=rank,
         data_parallel_size=size,
@@ -74,40 +101,75 @@ def test_positions_of_all_ranks_are_the_global_batch(consumed: int, micro: int, 
 
 @pytest.mark.parametrize(("micro", "size"), SPLITS)
 def test_tensors_of_all_ranks_are_the_global_batch(corpus: Corpus, micro: int, size: int) -> None:
-    consumed = order_of(corpus).num_samples - 5  # The step crosses an epoch.
+    consumed = corpus.num_samples(SEQ_LENGTH) - 5  # The step crosses an epoch.
     whole = build_batch(
-        corpus,
+        {"one": corpus},
         order_of(corpus),
         range(consumed, consumed + 12),
-        seq_length=SEQ_LENGTH,
         eod_id=EOD,
         reset_attention_mask=True,
         reset_position_ids=True,
         eod_mask_loss=True,
     )
-    ranks = [list(train_loader(corpus, micro, rank, size).micro_batches(consumed, 12)) for rank in range(size)]
+    cursor = cursor_at(order_of(corpus), consumed)
+    ranks = [list(train_loader(corpus, micro, rank, size).micro_batches(cursor, 12)) for rank in range(size)]
     dealt = [ranks[rank][k] for k in range(len(ranks[0])) for rank in range(size)]
     for name, expected in whole.items():
         assert torch.equal(torch.cat([batch[name] for batch in dealt]), expected), name
 
 
+@pytest.mark.parametrize("consumed", [0, 1, 30])
+@pytest.mark.parametrize(("micro", "size"), SPLITS)
+def test_a_mixture_with_windows_is_dealt_alike_to_all_ranks(
+    corpora: dict[str, Corpus], micro: int, size: int, consumed: int
+) -> None:
+    """Phase and window change inside the step; rows are those of a loader that reads one sample at a time."""
+    config = DataConfig(
+        reset_attention_mask=True, reset_position_ids=True, length_schedule=("0: 2", "5: 4", f"33: {SEQ_LENGTH}")
+    )
+    cursor = cursor_at(mixture_of(corpora), consumed)
+
+    def read(micro: int, rank: int, size: int, cursor: Cursor, samples: int) -> list[Batch]:
+        loader = TrainLoader(
+            corpora,
+            config=config,
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=micro,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+        )
+        return list(loader.micro_batches(cursor, samples))
+
+    ranks = [read(micro, rank, size, cursor, 12) for rank in range(size)]
+    dealt = [ranks[rank][k] for k in range(len(ranks[0])) for rank in range(size)]
+    single = [read(1, 0, 1, cursor.advance(offset), 1)[0] for offset in range(12)]
+    for name in single[0]:
+        assert torch.equal(torch.cat([batch[name] for batch in dealt]), torch.cat([one[name] for one in single])), name
+    for offset, batch in enumerate(single):
+        found = cursor.order.sample_id(consumed + offset)
+        assert batch["tokens"][0].tolist() == corpora[found.source].sample(found.index, SEQ_LENGTH)[:-1].tolist()
+        window = 2 if consumed + offset < 5 else 4 if consumed + offset < 33 else SEQ_LENGTH
+        assert batch["position_ids"].max() < window
+    assert {cursor.order.sample_id(consumed + offset).source for offset in range(12)} == {"one", "two"}
+
+
 def test_options_of_the_configuration_reach_the_batch(corpus: Corpus) -> None:
     plain = TrainLoader(
-        corpus,
-        order_of(corpus),
+        {"one": corpus},
         config=DataConfig(),
+        seq_length=SEQ_LENGTH,
         micro_batch_size=12,
         data_parallel_rank=0,
         data_parallel_size=1,
     )
-    batch = next(plain.micro_batches(0, 12))
+    batch = next(plain.micro_batches(cursor_at(order_of(corpus), 0), 12))
     assert "document_ids" not in batch and batch["loss_mask"].min() == 1
     assert batch["position_ids"].tolist() == [list(range(SEQ_LENGTH))] * 12
 
 
 def test_a_global_batch_that_does_not_divide_is_refused_before_reading(corpus: Corpus) -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size 10 is not a multiple of train.micro_batch_size 2 x 3"):
-        train_loader(corpus, 2, 0, 3).micro_batches(0, 10)
+        train_loader(corpus, 2, 0, 3).micro_batches(cursor_at(order_of(corpus), 0), 10)
     with pytest.raises(ConfigError, match="global_batch_size 2"):
         valid_loader(corpus, 2, 0, 3).steps(1, 2)
 

@@ -7,18 +7,13 @@ import fcntl
 import inspect
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.documents import Source, in_valid, read_documents
+from megatron_slm.data.documents import in_valid, open_sources, read_documents
 from megatron_slm.data.prepare import TOKENIZER_PATH, prepare
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
@@ -82,12 +77,13 @@ def test_a_large_train_split_gives_the_tokenizer_a_share_of_its_documents(
 ) -> None:
     whole = run([jsonl], tmp_path / "whole")
     monkeypatch.setattr(
-        "megatron_slm.data.prepare.TOKENIZER_TRAINING_CHARACTERS", whole["splits"]["train"]["num_characters"] // 2
+        "megatron_slm.data.preparation.tokenising.TOKENIZER_TRAINING_CHARACTERS",
+        whole["splits"]["train"]["num_characters"] // 2,
     )
     part = run([jsonl], tmp_path / "part")
     assert part["tokenizer"]["hash"] != whole["tokenizer"]["hash"]
     assert part["splits"]["train"]["num_documents"] == whole["splits"]["train"]["num_documents"]
-    facts = json.loads((tmp_path / "part" / "tokenizer" / "tokenizer.json").read_text())
+    facts = json.loads((tmp_path / "part" / "tokenizer" / "facts.json").read_text())
     assert facts["trained_on"] == "0.500 of the train split's documents"
     assert run([jsonl], tmp_path / "again")["tokenizer"] == part["tokenizer"]
 
@@ -97,10 +93,21 @@ def test_the_index_says_where_the_text_came_from(jsonl: Path, tmp_path: Path) ->
     (source,) = Corpus.open(tmp_path / "corpus" / "train").sources
     assert source == {
         "name": "text.jsonl",
-        "sha256": Source.of(jsonl).sha256,
+        "path": str(jsonl),
+        "kind": "jsonl",
+        "sha256": open_sources([jsonl])[0].sha256,
         "bytes": jsonl.stat().st_size,
+        "files": 1,
+        "files_skipped": 0,
+        "pattern": None,
         "licence": "PSF-2.0",
+        "documents": len(FUNCTIONS),
+        "kept": len(FUNCTIONS),
+        "dropped": {},
+        "scrubbed": {},
     }
+    with pytest.raises(DataError, match="another corpus: licence is PSF-2.0 there, None was asked for"):
+        run([jsonl], tmp_path / "corpus")
 
 
 def test_a_given_tokenizer_is_taken(jsonl: Path, tmp_path: Path) -> None:
@@ -172,7 +179,7 @@ def test_what_lies_at_the_output_is_kept(jsonl: Path, tmp_path: Path, kind: str)
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 holds half of a surrogate pair"),
         ("a.jsonl", b'{"text": ""}\n\n', "hold no document"),
         ("a.txt", b"caf\xe9\n", r"a\.txt is not UTF-8"),
-        ("a.parquet", b"x", r"must end in \.txt or \.jsonl"),
+        ("a.csv", b"x", r"must end in \.jsonl, \.txt"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_remains(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -210,14 +217,15 @@ def test_values_out_of_range_are_refused(jsonl: Path, tmp_path: Path, options: d
 
 def test_split_zero_makes_no_valid_split(jsonl: Path, tmp_path: Path) -> None:
     assert list(run([jsonl], tmp_path / "corpus", split=0.0)["splits"]) == ["train"]
-    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["manifest.json", "tokenizer", "train"]
+    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["card.md", "manifest.json", "tokenizer", "train"]
 
 
 def test_text_files_are_paragraphs_or_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n\none\n  two\n\n \t\n\nthree\n", newline="")
     texts = {
-        unit: list(read_documents([Source.of(path)], text_key="text", text_unit=unit)) for unit in ("paragraph", "file")
+        unit: list(read_documents(open_sources([path])[0], text_key="text", text_unit=unit))
+        for unit in ("paragraph", "file")
     }
     assert texts == {"paragraph": ["one\n  two", "three"], "file": [path.read_text()]}
 
@@ -227,31 +235,6 @@ def test_the_split_of_a_document_does_not_depend_on_what_follows() -> None:
     assert abs(len(chosen) - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
     assert chosen != [number for number in range(20_000) if in_valid(6, number, 0.05)]
     assert set(chosen) <= {number for number in range(20_000) if in_valid(5, number, 0.06)}
-
-
-@pytest.mark.parametrize("reached", ["tokenizer", "train"])
-def test_a_killed_prepare_leaves_no_output_and_the_next_one_succeeds(tmp_path: Path, reached: str) -> None:
-    state = random.Random(0)
-    large = tmp_path / "large.txt"
-    words = inspect.getsource(argparse).split()
-    large.write_text("\n\n".join(" ".join(state.choices(words, k=200)) for _ in range(6000)))
-    output = tmp_path / "corpus"
-    program = (
-        f"from megatron_slm.data.prepare import prepare; prepare([{str(large)!r}], {str(output)!r}, vocab_size=500)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", program])
-    staging = tmp_path / ".corpus.preparing"
-    while not (staging / reached).exists():
-        assert child.poll() is None, "it ended before it was killed"
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert not output.exists() and staging.exists()
-    killed = prepare([large], output, vocab_size=500)
-    assert left_beside(output) == ["corpus"]
-    clean = prepare([large], tmp_path / "clean", vocab_size=500)
-    assert killed["splits"] == clean["splits"]
-    Corpus.open(output / "train", verify="hash")
 
 
 def test_two_at_once_do_not_disturb_each_other(jsonl: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.errors import CheckpointError
-from megatron_slm.train import publish
+from megatron_slm.train import manifest, publish
 
 WRITER = """
 import itertools, sys
@@ -49,11 +49,11 @@ def test_the_layout_is_megatrons(tmp_path: Path) -> None:
     final = save(tmp_path / "checkpoints", 100)
     assert final.name == "iter_0000100"
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "100\n"
-    manifest = json.loads((final / "manifest.json").read_text())["files"]
-    assert set(manifest) == {"common.pt", "shards/__0_0.distcp"}
-    assert manifest["common.pt"]["size"] == 6
+    files = json.loads((final / "manifest.json").read_text())["files"]
+    assert set(files) == {"common.pt", "shards/__0_0.distcp"}
+    assert files["common.pt"]["size"] == 6
     assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, publish.TRACKER]
-    publish.verify(final)
+    manifest.verify(final)
 
 
 def test_nothing_is_latest_before_the_first_publish(tmp_path: Path) -> None:
@@ -75,14 +75,14 @@ def test_leftovers_of_interrupted_saves_go_at_the_next_begin(tmp_path: Path) -> 
     (interrupted / "half").write_text("x")
     fresh = publish.begin(tmp_path, 2)
     assert fresh != interrupted and not interrupted.exists() and list(fresh.iterdir()) == []
-    publish.verify(kept)
+    manifest.verify(kept)
 
 
 def test_the_same_step_can_be_published_again(tmp_path: Path) -> None:
     save(tmp_path, 3, b"old")
     again = save(tmp_path, 3, b"new")
     assert (again / "shards" / "__0_0.distcp").read_bytes() == b"new"
-    publish.verify(again)
+    manifest.verify(again)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -92,7 +92,7 @@ def test_an_interrupted_replacement_is_settled(tmp_path: Path, new_is_there: boo
     replaced = tmp_path / ".old-iter_0000003-0123abcd"
     os.rename(final, replaced)
     assert publish.latest(tmp_path) == replaced, "the old one counts until the new one is in its place"
-    publish.verify(replaced)
+    manifest.verify(replaced)
     if new_is_there:
         other = tmp_path / "other"
         os.rename(save(other, 3, b"new"), final)
@@ -112,10 +112,10 @@ def test_an_interrupted_replacement_is_settled(tmp_path: Path, new_is_there: boo
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"files": {"a"'), "manifest.json is damaged"),
         (
-            lambda path: (path / "manifest.json").write_text('{"version": 1, "files": {"a": 1}}'),
+            lambda path: (path / "manifest.json").write_text('{"version": 2, "files": {"a": 1}}'),
             "manifest.json is damaged",
         ),
-        (lambda path: (path / "manifest.json").write_text('{"files": {}, "version": 2}'), "version 2, this program"),
+        (lambda path: (path / "manifest.json").write_text('{"files": {}, "version": 1}'), "version 1, this program"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: object, told: str) -> None:
@@ -123,7 +123,7 @@ def test_damage_is_named(tmp_path: Path, damage: object, told: str) -> None:
     assert callable(damage), "each case is a function"
     damage(final)
     with pytest.raises(CheckpointError, match=re.escape(told)) as caught:
-        publish.verify(final)
+        manifest.verify(final)
     assert str(final) in str(caught.value)
 
 
@@ -132,16 +132,16 @@ def test_every_damaged_file_is_named_at_once(tmp_path: Path) -> None:
     (final / "common.pt").write_bytes(b"")
     (final / "shards" / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)common\.pt has 0 bytes.*__0_0\.distcp is missing"):
-        publish.verify(final)
+        manifest.verify(final)
 
 
 def test_without_hashes_only_presence_and_size_are_compared(tmp_path: Path) -> None:
     final = save(tmp_path, 9)
     (final / "shards" / "__0_0.distcp").write_bytes(b"weighty")
-    publish.verify(final, hashes=False)
+    manifest.verify(final, hashes=False)
     (final / "common.pt").unlink()
     with pytest.raises(CheckpointError, match=r"common\.pt is missing"):
-        publish.verify(final, hashes=False)
+        manifest.verify(final, hashes=False)
 
 
 @pytest.mark.parametrize("text", ["release", "", "-1", "1.5"])
@@ -173,6 +173,6 @@ def test_killed_at_random_points_the_newest_whole_checkpoint_is_found(tmp_path: 
             announced = max([announced, *(int(line) for line in process.stdout.read().split())])
         newest = publish.latest(tmp_path)
         assert newest is not None, "a checkpoint was announced"
-        publish.verify(newest)
+        manifest.verify(newest)
         step = int((tmp_path / publish.TRACKER).read_text())
         assert announced <= step <= announced + 1, "at most the one whose announcement was cut off"

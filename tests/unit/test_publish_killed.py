@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.train import publish
+from megatron_slm.train import manifest, publish
 
 # Publishes step 100, then the given step, and is killed at the n-th file operation of the second save.
 SAVER = """
@@ -50,7 +50,7 @@ def run_saver(directory: Path, second_step: int, kill_at: int) -> subprocess.Com
 def payload_under_the_tracker(checkpoints: Path) -> str:
     newest = publish.latest(checkpoints)
     assert newest is not None, "a checkpoint had been published before the kill"
-    publish.verify(newest)
+    manifest.verify(newest)
     return (newest / "payload").read_text()
 
 
@@ -75,7 +75,7 @@ def test_every_file_operation(tmp_path: Path, second_step: int) -> None:
         hidden = [entry.name for entry in checkpoints.iterdir() if entry.name.startswith(".")]
         assert hidden == [], "nothing is left of the killed save"
         for entry in checkpoints.glob("iter_*"):
-            publish.verify(entry)
+            manifest.verify(entry)
     replaced = survivors.index("save 1")
     assert survivors == ["save 0"] * replaced + ["save 1"] * (operations - replaced)
     assert 0 < replaced < operations, "the kills fall on both sides of the moment of publishing"

@@ -26,7 +26,11 @@ def resolved(tmp_path: Path, *overrides: str) -> Resolved:
 
 def start(tmp_path: Path, identity: dict[str, Any] = IDENTITY, *, fresh: bool = False) -> RunDirectory:
     return prepare(
-        resolved(tmp_path), identity=identity, fresh=fresh, environment={"launcher": "local", "world_size": 2}
+        resolved(tmp_path),
+        identity=identity,
+        fresh=fresh,
+        environment={"launcher": "local", "world_size": 2},
+        data={"sources": {"kjv": {"made_from": [{"licence": "public domain"}]}}},
     )
 
 
@@ -34,7 +38,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
     directory = start(tmp_path)
     assert directory.path == tmp_path / "first" and directory.checkpoints == tmp_path / "first" / "checkpoints"
     assert {entry.name for entry in directory.path.iterdir()} == {
-        "identity.json", "config.yaml", "provenance.json", "environment.json",
+        "identity.json", "config.yaml", "provenance.json", "environment.json", "data.json",
     }  # fmt: skip
     again = load(directory.path / "config.yaml")
     assert again.config == resolved(tmp_path).config
@@ -49,7 +53,7 @@ def test_a_new_run_says_what_it_is(tmp_path: Path) -> None:
 def test_the_same_run_resumes_under_another_layout_and_length(tmp_path: Path) -> None:
     start(tmp_path)
     config = resolved(tmp_path, "parallel.tensor_model_parallel_size=2", "train.train_iters=7")
-    prepare(config, identity=IDENTITY, fresh=False, environment={})
+    prepare(config, identity=IDENTITY, fresh=False, data={}, environment={})
     assert "train_iters: 7" in (tmp_path / "first" / "config.yaml").read_text()
 
 
@@ -57,7 +61,7 @@ def test_a_resume_keeps_what_it_replaces(tmp_path: Path) -> None:
     directory = start(tmp_path).path
     for iterations in (7, 8):
         changed = resolved(tmp_path, f"train.train_iters={iterations}")
-        prepare(changed, identity=IDENTITY, fresh=False, environment={"launcher": "slurm"})
+        prepare(changed, identity=IDENTITY, fresh=False, data={}, environment={"launcher": "slurm"})
     lengths = [
         load(directory / name).config.train.train_iters for name in ("config.yaml.1", "config.yaml.2", "config.yaml")
     ]
@@ -76,7 +80,7 @@ def test_a_resume_that_changes_nothing_leaves_no_copies(tmp_path: Path) -> None:
 def test_another_precision_is_refused_by_name(tmp_path: Path) -> None:
     start(tmp_path)
     with pytest.raises(CheckpointError, match=r"precision\.bf16: false there, true now"):
-        prepare(resolved(tmp_path, "precision.bf16=true"), identity=IDENTITY, fresh=False, environment={})
+        prepare(resolved(tmp_path, "precision.bf16=true"), identity=IDENTITY, fresh=False, data={}, environment={})
 
 
 def test_a_start_interrupted_before_its_first_rename_is_taken_up(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""The verbs on checkpoints: list, verify, inspect, average."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb, parser_of
+from megatron_slm.errors import CheckpointError, ConfigError
+
+
+def checkpoint_list(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint list``: the checkpoints of a run."""
+    parser = parser_of(
+        name,
+        "RUN",
+        "List the checkpoints of a run: step, size, age, whether every file is there, and why each is kept.",
+        example="mslm checkpoint list runs/kjv",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or its checkpoints directory")
+    own = parser.parse_args(tokens)
+    from megatron_slm.train.checkpoint_report import listing
+
+    print(listing(own.run))
+    return EXIT_OK
+
+
+def checkpoint_verify(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint verify``: read every byte and compare it with what was saved."""
+    parser = parser_of(
+        name,
+        "RUN | ITER [ITER ...]",
+        "Compare checkpoints with their manifests, every byte. Exit code 2 if any is damaged.",
+        example="mslm checkpoint verify runs/kjv",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or iter_NNNNNNN directories")
+    own = parser.parse_args(tokens)
+    from megatron_slm.train.checkpoint_report import verified
+
+    whole = True
+    for line, sound in verified(own.paths):
+        print(line, flush=True)
+        whole = whole and sound
+    return EXIT_OK if whole else EXIT_REFUSED
+
+
+def checkpoint_inspect(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint inspect``: what a checkpoint holds."""
+    parser = parser_of(
+        name,
+        "ITER [--tensor NAME ...]",
+        "Show what a checkpoint holds: its state, and every tensor with its shape, dtype and bytes.",
+        example="mslm checkpoint inspect runs/kjv --tensor decoder.final_layernorm.weight",
+    )
+    parser.add_argument("path", type=Path, metavar="ITER", help="a checkpoint, or a run (its newest)")
+    parser.add_argument("--tensor", action="append", default=[], metavar="NAME", help="statistics of this tensor")
+    own = parser.parse_args(tokens)
+    from megatron_slm.train import recovery
+    from megatron_slm.train.checkpoint_report import contents
+
+    found = recovery.find(own.path)
+    if found.warning is not None:
+        print(f"warning: {found.warning}", file=sys.stderr)
+    path = found.path
+    if not own.tensor:
+        print(contents(path))
+        return EXIT_OK
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.train.tensor_statistics import statistics
+
+    for tensor in own.tensor:
+        print(statistics(path, tensor))
+    return EXIT_OK
+
+
+def checkpoint_average(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint average``: one model whose weights are the mean of several."""
+    parser = parser_of(
+        name,
+        "RUN --last K --output DIR   or   ITER ITER [ITER ...] --output DIR",
+        "Average the weights of checkpoints of one run. The result is a checkpoint without an optimizer, for mslm "
+        "generate and for checkpoint.pretrained_checkpoint.",
+        example="mslm checkpoint average runs/kjv --last 3 --output kjv-averaged",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or iter_NNNNNNN directories")
+    parser.add_argument("--last", type=int, metavar="K", help="the newest K checkpoints of a run")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
+    own = parser.parse_args(tokens)
+    paths = _to_average(own.paths, own.last)
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.train.average import average
+
+    print(f"the mean of {', '.join(path.name for path in paths)} is in {average(paths, own.output)}")
+    return EXIT_OK
+
+
+def _to_average(paths: list[Path], last: int | None) -> list[Path]:
+    """The checkpoints that are meant, oldest first."""
+    if last is None:
+        if len(paths) < 2:
+            raise ConfigError("Averaging takes a run and --last K, or two checkpoints or more; one path was given.")
+        return paths
+    if len(paths) != 1 or last < 1:
+        raise ConfigError(f"--last {last} takes the newest checkpoints of one run and must be at least 1.")
+    from megatron_slm.train.checkpoint_report import checkpoints_of
+
+    there = [*checkpoints_of(paths[0]).values()]
+    if len(there) < last:
+        raise CheckpointError(f"{paths[0]} has {len(there)} checkpoints, fewer than --last {last}; give a smaller one")
+    return there[-last:]
+
+
+VERBS: Mapping[str, Verb] = {
+    "checkpoint list": Verb("list the checkpoints of a run", checkpoint_list),
+    "checkpoint verify": Verb("compare checkpoints with what was saved", checkpoint_verify),
+    "checkpoint inspect": Verb("show what a checkpoint holds", checkpoint_inspect),
+    "checkpoint average": Verb("average the weights of checkpoints", checkpoint_average),
+}

@@ -1,0 +1,82 @@
+"""Held-out loss of a run: of every source, of all together and of averaged weights, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_slm.config.run_config import RunConfig
+from megatron_slm.data.loader import ValidLoader
+from megatron_slm.data.shares import after_validation
+from megatron_slm.evaluate.perplexity import HeldOut, held_out
+from megatron_slm.run_data import Data
+from megatron_slm.stages import pretrain
+from megatron_slm.train.ema import Ema
+from megatron_slm.train.metrics_writer import MetricsWriter
+from megatron_slm.train.step import StepPlan, TrainState
+
+
+def evaluation(
+    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
+) -> Callable[[TrainState], float]:
+    """A function that evaluates the held-out samples, the same ones each time, reports and returns the loss.
+
+    It is collective, and every rank gets the same number. With ``data.loss_aware_strength`` it also moves the shares of
+    the sources from here on.
+    """
+    measure = measurement(config, data, plan)
+    strength = config.data.loss_aware_strength
+
+    def evaluate(state: TrainState) -> float:
+        by_source = measure(state)
+        loss = overall(by_source)
+        averaged: HeldOut | None = None
+        average = state.parts.get("ema")
+        if isinstance(average, Ema):
+            with average.applied(state):
+                averaged = overall(measure(state))
+        losses = {name: found.loss for name, found in by_source.items()}
+        if log is not None:
+            log.validation(
+                loss.loss,
+                tokens=loss.tokens,
+                step=state.step,
+                consumed_samples=state.cursor.consumed_samples,
+                by_source=losses if len(losses) > 1 else {},
+                averaged=averaged.loss if averaged else None,
+            )
+        if strength:
+            state.cursor = after_validation(state.cursor, losses, strength)
+        return loss.loss
+
+    return evaluate
+
+
+def measurement(config: RunConfig, data: Data, plan: StepPlan) -> Callable[[TrainState], dict[str, HeldOut]]:
+    """A function that takes the held-out loss of each source: ``train.eval_iters`` global batches of every one."""
+    loaders = {
+        name: ValidLoader(
+            corpus,
+            config=config.data,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            data_parallel_rank=plan.groups.dp.rank(),
+            data_parallel_size=plan.groups.dp.size(),
+        )
+        for name, corpus in data.valid.items()
+    }
+    multiple = config.parallel.pipeline_model_parallel_size if config.parallel.vpp_size > 1 else 1
+
+    def measure_one(state: TrainState, loader: ValidLoader) -> HeldOut:
+        steps = loader.steps(config.train.eval_iters, config.train.global_batch_size, multiple=multiple)
+        on_device = ([pretrain.to_device(batch, plan.device) for batch in step] for step in steps)
+        return held_out(
+            state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
+        )
+
+    return lambda state: {name: measure_one(state, loader) for name, loader in loaders.items()}
+
+
+def overall(by_source: dict[str, HeldOut]) -> HeldOut:
+    """All sources together, each token counting once."""
+    tokens = sum(found.tokens for found in by_source.values())
+    return HeldOut(sum(found.loss * found.tokens for found in by_source.values()) / tokens, tokens)

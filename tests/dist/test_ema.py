@@ -1,0 +1,202 @@
+"""Averaged weights: by hand, under every layout, through a checkpoint, and in the model's place for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_slm.model.config import ModelConfig
+from megatron_slm.train.config import PrecisionConfig
+from tests.ranks import run_ranks
+from tests.training import Task, build, global_tensors, mean_loss, micro_batches, worst_difference
+
+DECAY = 0.9
+FP32, BF16 = PrecisionConfig(), PrecisionConfig(bf16=True)
+LLAMA = Task(iters=3)
+TIED = replace(
+    LLAMA,
+    model=ModelConfig(
+        num_layers=4,
+        hidden_size=64,
+        num_attention_heads=4,
+        seq_length=32,
+        position_embedding_type="learned_absolute",
+        normalization="LayerNorm",
+        swiglu=False,
+        add_bias_linear=True,
+        untie_embeddings_and_output_weights=False,
+    ),
+)
+TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
+PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
+VPP2: dict[str, Any] = PP2 | {"virtual_pipeline_model_parallel_size": 2}
+REPLICATED: dict[str, Any] = {"use_distributed_optimizer": False}
+OVERLAP: dict[str, Any] = {"overlap_param_gather": True, "ddp_bucket_size": 20000}
+
+
+@dataclass
+class Trained:
+    """Losses; by global name the weights, the averages (in the model's format) and what stood there afterwards."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    averages: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    by_hand: list[torch.Tensor]
+    found: list[torch.Tensor]
+
+
+def train(task: Task, look: bool = True, save: Path | None = None) -> Trained:
+    """Train with averages on this rank; ``look`` puts them into the model after every step."""
+    from types import SimpleNamespace
+
+    from megatron_slm.parallel.gradients import gathered_parameters, zero_gradients
+    from megatron_slm.parallel.pipeline import run_schedule
+    from megatron_slm.stages import pretrain
+    from megatron_slm.train.ema import Ema
+    from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
+    from megatron_slm.train.optimizer_state import named_masters
+
+    groups, chunks, optimizer = build(task)
+    state: Any = SimpleNamespace(chunks=chunks, optimizer=optimizer)
+    ema = Ema(optimizer, chunks, decay=DECAY, groups=groups)
+    by_hand = [master.tensor.detach().double() for master in named_masters(optimizer, chunks)]
+    losses = []
+
+    def schedule(step: int, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        batches, length = micro_batches(task, step, groups), task.model.seq_length
+        return run_schedule(chunks, batches, pretrain.loss, forward_only=forward_only, seq_length=length, groups=groups)
+
+    for step in range(task.iters):
+        zero_gradients(chunks)
+        optimizer.zero_grad()
+        losses.append(mean_loss(schedule(step, False), groups))
+        set_learning_rate(optimizer, task.optimizer.lr, task.optimizer.lr)
+        apply_update(optimizer, gradient_norm(optimizer))
+        ema.after_step(state, SimpleNamespace(skipped=False))  # type: ignore[arg-type]
+        for average, master in zip(by_hand, named_masters(optimizer, chunks), strict=True):
+            average.mul_(DECAY).add_(master.tensor.detach().double(), alpha=1 - DECAY)
+        if look:
+            with ema.applied(state), torch.no_grad():
+                with gathered_parameters(chunks):
+                    pass
+                schedule(step, True)
+    ema.after_step(state, SimpleNamespace(skipped=True))  # type: ignore[arg-type]
+    with gathered_parameters(chunks):
+        weights = global_tensors(chunks)
+    with ema.applied(state):
+        averages = global_tensors(chunks)
+        found = [master.tensor.detach().double() for master in named_masters(optimizer, chunks)]
+    after = global_tensors(chunks)
+    if save is not None:
+        write(ema, chunks, save)
+    dist.barrier()
+    return Trained(losses, weights, averages, after, by_hand, found)
+
+
+def models(chunks: list[Any]) -> dict[str, Any]:
+    from megatron_slm.parallel.gradients import unwrap
+
+    return {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def write(ema: Any, chunks: list[Any], directory: Path) -> None:
+    from megatron_slm.train import payload_write
+
+    weights = models(chunks)
+    payload = {**weights, "ema": ema.sharded_state(weights)}
+    payload_write.write(payload_write.stage(payload, copy=False), directory, None)
+
+
+@cache
+def one_rank(task: Task) -> Trained:
+    result: Trained = run_ranks(train, 1, task)[0]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision"), [(OVERLAP, BF16), ({}, FP32), (REPLICATED, BF16), (REPLICATED, FP32)]
+)
+def test_equals_an_average_by_hand(parallel: dict[str, Any], precision: PrecisionConfig) -> None:
+    """Of the fp32 master weights; the skipped update at the end is not taken in."""
+    for result in run_ranks(train, 2, replace(LLAMA.on(**parallel), precision=precision)):
+        for found, expected in zip(result.found, result.by_hand, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+        assert any(not weight.equal(result.averages[name]) for name, weight in result.weights.items())
+
+
+LAYOUTS = {
+    "tp2-sp": (LLAMA, 2, TP2 | {"sequence_parallel": True}),
+    "dp2-no-distributed-optimizer": (LLAMA, 2, REPLICATED),
+    "tied-pp2-vpp2-dp2": (TIED, 4, VPP2),
+    "tied-tp2-dp2-overlap": (TIED, 4, TP2 | OVERLAP),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_same_averages(layout: str) -> None:
+    task, world_size, degrees = LAYOUTS[layout]
+    found, expected = run_ranks(train, world_size, task.on(**degrees))[0], one_rank(task)
+    error, name = worst_difference(found.averages, expected.averages)
+    assert error <= 1e-6, f"{name} differs by {error:.2e}"  # core clips by a norm in fp32
+    assert all(found.after[name].equal(weight) for name, weight in found.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("parallel", "precision"), [(OVERLAP, BF16), (REPLICATED, BF16), (REPLICATED, FP32), (VPP2, FP32)]
+)
+def test_training_does_not_notice_that_averages_are_used(parallel: dict[str, Any], precision: PrecisionConfig) -> None:
+    task = replace(LLAMA.on(**parallel), precision=precision)
+    looked, not_looked = (run_ranks(train, 2, task, look)[0] for look in (True, False))
+    assert looked.losses == not_looked.losses
+    for name, weight in not_looked.weights.items():
+        assert weight.equal(looked.weights[name]) and weight.equal(looked.after[name]), name
+
+
+def read(task: Task, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Averages of a checkpoint, read as such into a new state and in the weights' place into a model."""
+    from types import SimpleNamespace
+
+    from megatron.core import dist_checkpointing
+
+    from megatron_slm.parallel.gradients import unwrap
+    from megatron_slm.train.ema import Ema, ema_request
+
+    groups, chunks, optimizer = build(task)
+    state: Any = SimpleNamespace(chunks=chunks, optimizer=optimizer)
+    ema = Ema(optimizer, chunks, decay=DECAY, groups=groups)
+    request = {"ema": ema.sharded_state(models(chunks))}
+    ema.load(dist_checkpointing.load(request, str(directory), validate_access_integrity=False)["ema"])
+    ema.before_run(state)
+    with ema.applied(state):
+        as_part = global_tensors(chunks)
+    loaded = dist_checkpointing.load(ema_request(models(chunks)), str(directory), validate_access_integrity=False)
+    for chunk, entries in zip(chunks, loaded.values(), strict=True):
+        unwrap(chunk).load_state_dict(entries)
+    as_weights = global_tensors(chunks)
+    dist.barrier()
+    return as_part, as_weights
+
+
+MOVES = {
+    "dp2-to-tp2": (LLAMA, FP32, 2, {}, 2, TP2),
+    "one-to-tp2-dp2": (LLAMA, BF16, 1, {}, 4, TP2 | OVERLAP),
+    "tied-pp2-vpp2-to-one": (TIED, BF16, 2, VPP2, 1, REPLICATED),
+    "tied-dp2-to-pp2": (TIED, FP32, 2, OVERLAP, 2, PP2),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_checkpoint_gives_every_layout_the_same_bits(tmp_path: Path, move: str) -> None:
+    task, precision, world_size, before, new_world_size, after = MOVES[move]
+    task = replace(task, precision=precision)
+    saved = run_ranks(train, world_size, task.on(**before), False, tmp_path)[0]
+    as_part, as_weights = run_ranks(read, new_world_size, task.on(**after), tmp_path)[0]
+    for name, average in saved.averages.items():
+        assert average.equal(as_part[name]) and average.equal(as_weights[name]), name

@@ -1,0 +1,113 @@
+"""What a run does about a bad batch, through the real loop: warn, stop, skip, roll back, and the bound on all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import runs
+from tests.ranks import RankFailure
+
+DP2 = "train.micro_batch_size=2"
+WATCHED = (
+    "train.spike_window=8",
+    "train.train_iters=16",
+    "train.eval_iters=0",
+    "checkpoint.save_interval=5",
+    "schedule.lr_decay_style=constant",
+    "optimizer.lr=3e-3",
+)
+BAD_STEP = 12
+FIRST_BAD_SAMPLE = (BAD_STEP - 1) * 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def spoil(change: Callable[[dict[str, Any]], None], first: int, last: int) -> None:
+    """Let the loader give spoiled batches for steps that begin at samples ``first`` .. ``last``."""
+    from megatron_slm.data.loader import TrainLoader
+
+    original = TrainLoader.micro_batches
+
+    def spoiled(self: Any, cursor: Any, size: int) -> Any:
+        for batch in original(self, cursor, size):
+            if first <= cursor.consumed_samples <= last:
+                change(batch)
+            yield batch
+
+    TrainLoader.micro_batches = spoiled  # type: ignore[method-assign]
+
+
+def unlikely_labels(batch: dict[str, Any]) -> None:
+    """Control characters' byte pieces never follow anything in the corpus: the loss jumps."""
+    batch["labels"].fill_(7)
+
+
+def infinite_mask(batch: dict[str, Any]) -> None:
+    batch["loss_mask"][0, 0] = float("inf")
+
+
+spike = partial(spoil, unlikely_labels, FIRST_BAD_SAMPLE, FIRST_BAD_SAMPLE)
+non_finite = partial(spoil, infinite_mask, FIRST_BAD_SAMPLE, FIRST_BAD_SAMPLE)
+endless = partial(spoil, infinite_mask, FIRST_BAD_SAMPLE, 10**9)
+
+
+def test_a_spike_is_said_and_applied_by_default(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    assert runs.train(run, data, 2, *WATCHED, plant=spike) == 0
+    log = (run / "log.txt").read_text()
+    assert log.count("warning: step 12: the ") == 1 and "The update was applied" in log
+    assert not any(record["skipped"] for record in runs.records(run))
+
+
+def test_a_skipped_batch_changes_nothing_but_the_position(tmp_path: Path, data: Path) -> None:
+    """The step after the skipped one has the loss of weights that never saw the batch."""
+    run = tmp_path / "run"
+    assert runs.train(run, data, 2, *WATCHED, "train.spike_policy=skip", plant=spike) == 0
+    records = runs.records(run)
+    assert [record["step"] for record in records if record["skipped"]] == [BAD_STEP]
+    assert [record["step"] for record in records] == list(range(1, 17))
+    assert records[-1]["consumed_samples"] == 16 * 8
+    assert "Its batch is skipped (intervention 1)" in (run / "log.txt").read_text()
+    before, after = records[BAD_STEP - 2]["lm_loss"], records[BAD_STEP]["lm_loss"]
+    assert abs(after - before) < 0.3 < records[BAD_STEP - 1]["lm_loss"] - before
+
+
+def test_a_roll_back_goes_to_the_checkpoint_and_passes_over_the_batch(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    rollback = ("train.non_finite_policy=rollback", "parallel.overlap_grad_reduce=true", DP2)
+    assert runs.train(run, data, 2, *WATCHED, *rollback, plant=non_finite) == 0
+    records = runs.records(run)
+    assert [record["step"] for record in records] == list(range(1, 17)), "every step exactly once"
+    assert records[9]["skipped_samples"] == 0 and records[10]["skipped_samples"] == 16
+    # Steps 11 and 12 had consumed 16 samples after the checkpoint of step 10.
+    assert records[10]["consumed_samples"] == 10 * 8 + 16 + 8
+    log = (run / "log.txt").read_text()
+    assert "Rolled back to" in log and "iter_0000010" in log
+    assert "Rolled back\tIteration: 10" in (run / "progress.txt").read_text()
+    # The run that knew beforehand: resumed from step 10 with the same samples passed over, it has the same losses.
+    assert runs.train(run, data, 2, *WATCHED, *rollback, "train.train_iters=18") == 0
+    assert runs.records(run)[-1]["skipped_samples"] == 16
+
+
+def test_interventions_end(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    policy = ("train.non_finite_policy=skip", "train.max_interventions=2")
+    with pytest.raises(RankFailure, match="used up train.max_interventions = 2") as failure:
+        runs.train(run, data, 1, *WATCHED, *policy, plant=endless)
+    assert failure.value.code == 1 and "Traceback" not in str(failure.value)
+    assert [record["step"] for record in runs.records(run) if record["skipped"]] == [12, 13]
+
+
+def test_a_roll_back_without_checkpoints_is_refused_at_the_start(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RankFailure, match="checkpoint.save_interval") as failure:
+        runs.train(run, data, 1, "train.spike_policy=rollback")
+    assert failure.value.code == 2 and not run.exists()

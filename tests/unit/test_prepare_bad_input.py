@@ -1,0 +1,150 @@
+"""What goes wrong while a corpus is prepared: one sentence, exit code 2, nothing published, nothing lost."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.cli import main
+from megatron_slm.data import prepare as prepare_module
+from megatron_slm.data.documents import Source, open_sources
+
+LINES = [json.dumps({"text": f"line {number} of a small text about {number % 7} things"}) for number in range(400)]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(LINES))
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for 256 kB."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", directory], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *tokens: str | Path) -> str:
+    """What ``mslm data prepare`` says when it ends with 2."""
+    capsys.readouterr()
+    assert main(["data", "prepare", *map(str, tokens), "--vocab-size", "300"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    *notices, message = printed.err.splitlines()
+    assert all(notice.startswith("mslm: ") for notice in notices), printed.err
+    return message
+
+
+def beside(output: Path) -> list[str]:
+    return sorted(path.name for path in output.parent.iterdir() if output.name in path.name)
+
+
+def test_a_file_of_no_bytes(tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    message = refusal(capsys, jsonl, tmp_path / "empty.jsonl", "--output", tmp_path / "corpus")
+    assert message == f"mslm: {tmp_path}/empty.jsonl is empty (0 bytes). Give a file with text, or leave this one out."
+    assert beside(tmp_path / "corpus") == []
+
+
+def test_a_truncated_gzip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "text.jsonl.gz"
+    content = gzip.compress("\n".join(LINES).encode())
+    path.write_bytes(content[: len(content) // 2])
+    message = refusal(capsys, path, "--output", tmp_path / "corpus")
+    assert f"{path} is truncated or damaged" in message and "Copy it anew" in message
+    assert beside(tmp_path / "corpus") == []
+
+
+def append(path: Path) -> None:
+    with path.open("a") as file:
+        file.write('\n{"text": "one more"}')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(append, ("changed while it was read", "run the command again")), (os.unlink, ("No such file", "Check the path"))],
+    ids=["changed", "vanished"],
+)
+def test_a_file_that_is_another_one_when_it_is_read(
+    jsonl: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Path], None],
+    words: tuple[str, ...],
+) -> None:
+    def open_and_change(inputs: list[Path], *, pattern: str) -> list[Source]:
+        sources = open_sources(inputs, pattern=pattern)
+        change(jsonl)
+        return sources
+
+    monkeypatch.setattr(prepare_module, "open_sources", open_and_change)
+    output = jsonl.with_name("corpus")
+    message = refusal(capsys, jsonl, "--output", output)
+    assert all(word in message for word in (*words, str(jsonl)))
+    assert beside(output) == []
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    jsonl: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("megatron_slm.data.preparation.reading.CHUNK_CHARACTERS", 2000)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(150_000))
+    message = refusal(capsys, jsonl, "--output", small_disk / "corpus")
+    assert f"Cannot write {small_disk}/" in message and "No space left on device" in message
+    assert "Free some space and run the same command again" in message
+    assert beside(small_disk / "corpus") == [".corpus.preparing"]
+    kept = {path.name for path in (small_disk / ".corpus.preparing").glob("*.npz")}
+    assert kept
+    ballast.unlink()
+    assert main(["data", "prepare", str(jsonl), "--output", str(small_disk / "corpus"), "--vocab-size", "300"]) == 0
+    assert beside(small_disk / "corpus") == ["corpus"]
+    shutil.rmtree(small_disk / "corpus")
+    ballast.write_bytes(bytes(1 << 18)[: shutil.disk_usage(small_disk).free - 4096])
+    assert "No space left on device" in refusal(capsys, jsonl, "--output", small_disk / "corpus")
+    assert beside(small_disk / "corpus") == [], "without anything finished there is nothing to keep"
+
+
+def test_a_read_only_directory(jsonl: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    message = refusal(capsys, jsonl, "--output", small_disk / "corpus")
+    assert f"Cannot write {small_disk}/corpus: Read-only file system. Choose another output" in message
+
+
+def test_an_output_under_a_file(jsonl: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, jsonl, "--output", jsonl / "corpus")
+    assert "Cannot write" in message and "Not a directory" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--workers", "0"), "--workers is 0"),
+        (("--eod-token", "<end>"), "--eod-token <end> names a token of a finished tokenizer"),
+        (("--near-threshold", "0.9"), "--near-threshold 0.9 is of --dedup near"),
+        (("--ngram", "5"), "--ngram 5 is of --decontaminate FILE"),
+        (("--min-chars", "100000"), "the train split gets none of the 400 documents (of which 400 are dropped: short)"),
+        (("--decontaminate", "absent.jsonl"), "absent.jsonl"),
+    ],
+)
+def test_options_that_cannot_be_meant(
+    jsonl: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    assert words in refusal(capsys, jsonl, "--output", jsonl.with_name("corpus"), *options)
+    assert beside(jsonl.with_name("corpus")) == []
