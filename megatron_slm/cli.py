@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("mslm: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as a shell says it
     except SystemExit as stop:  # argparse ends so, after --help (0) or an error on the command line (2)
         return stop.code if isinstance(stop.code, int) else EXIT_REFUSED
 

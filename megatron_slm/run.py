@@ -20,6 +20,7 @@ from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.data.mixture import described
 from megatron_slm.errors import ConfigError
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
@@ -138,7 +139,7 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         warning, origin = restore(state, config, accepted, layout=layout_record(layout))
         log = open_log(config, directory, layout, device, vocab_size, state.step) if writes_log(environment) else None
         if log is not None:
-            announce(log, config, layout, vocab_size, [spec_reason, *origin])
+            announce(log, config, layout, vocab_size, [spec_reason, *described(state.cursor.order), *origin])
             if warning is not None:
                 log.warn(warning)
         plan = step_plan(config, groups, bound)

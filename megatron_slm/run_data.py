@@ -129,7 +129,7 @@ def data_seed(config: RunConfig) -> int:
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
     """What makes two runs the same run: model, data and seed, derived values filled in."""
     options = {key: value for key, value in asdict(config.data).items() if key not in GOVERNED_BY_CURSOR}
-    first = data.order.phases[0].shares
+    first = [name for name in data.order.phases[0].shares if name != mixture_text.REPLAY]
     return {
         "model": {
             **asdict(config.model),
@@ -140,7 +140,7 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
         "data": {
             **options,
             "data_seed": data_seed(config),
-            # Of the sources that the run begins with; what comes later is compared with what was read by then.
+            # Of the corpora that the run begins with; what comes later is compared with what was read by then.
             "dataset_digest": sorted(source.order.digest for source in data.order.sources if source.name in first),
             "tokenizer_hash": data.tokenizer.hash,
         },

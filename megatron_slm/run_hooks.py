@@ -76,9 +76,7 @@ def dynamics_hooks(config: RunConfig, plan: StepPlan, log: MetricsWriter | None)
     if config.log.noise_scale_interval is not None:
         hooks.append(NoiseScale(config.log.noise_scale_interval, plan, write))
     if config.log.layer_norms_interval is not None:
-        sharded = config.parallel.sequence_parallel
-        interval, layers = config.log.layer_norms_interval, config.model.num_layers
-        hooks.append(LayerNorms(interval, layers, plan.groups, sequence_parallel=sharded, write=write))
+        hooks.append(LayerNorms(config.log.layer_norms_interval, config.model.num_layers, plan.groups, write))
     return hooks
 
 

@@ -94,6 +94,9 @@ class Plant(Hook):
         if self.fault.place == "master copy":
             spoil(master(state, f"{self.fault.module}.{self.fault.tensor}"))
 
+    def after_run(self, state: Any, code: int) -> None:
+        self._armed = False
+
     def dp_rank(self) -> int:
         """Data-parallel rank of the fault's rank: tp is the fastest axis, pp the slowest."""
         return self.fault.rank // self.groups.tp.size() % self.groups.dp.size()
@@ -115,6 +118,8 @@ class Plant(Hook):
 
     def _watch(self, state: Any) -> None:
         """Spoil the output of the module, or its gradient, in the chosen micro-batch."""
+        from megatron.core.tensor_parallel.random import is_checkpointing
+
         from megatron_slm.parallel.gradients import unwrap
         from megatron_slm.train.optimizer_state import global_name
 
@@ -125,7 +130,9 @@ class Plant(Hook):
 
             def strike(module: Any, args: Any, output: Any, index: int = index) -> None:
                 tensor = output[0] if isinstance(output, tuple) else output
-                if not self._strikes(index):
+                recomputed = is_checkpointing() and torch.is_grad_enabled()
+                # Of a pipeline's micro-batches an earlier one may be recomputed than the one that was started last.
+                if not self._strikes(index) or (recomputed and self.fault.place == "forward"):
                     return
                 if self.fault.place == "backward":
                     if tensor.requires_grad:

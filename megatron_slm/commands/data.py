@@ -82,7 +82,7 @@ def _prepare_parser(name: str) -> argparse.ArgumentParser:
     tokenizer.add_argument(
         "--tokenizer-model", type=Path, help="sentencepiece model or tokenizer.json to use instead of training one"
     )
-    tokenizer.add_argument("--eod-token", metavar="TOKEN", help="of a tokenizer.json: what ends a document")
+    tokenizer.add_argument("--eod-token", metavar="TOKEN", help="of --tokenizer-model: what ends a document")
     _add_quality(parser)
     return parser
 
@@ -95,7 +95,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     quality.add_argument("--max-chars", type=int, metavar="N", help="drop longer documents")
     quality.add_argument("--language", nargs="+", default=(), metavar="CODE", help="keep these languages alone: en de")
     quality.add_argument(
-        "--scrub-pii", action="store_true", help="replace e-mail addresses, numbers and keys by a mark"
+        "--scrub-pii", action="store_true", help="replace e-mail addresses, card numbers and the like by tags"
     )
     quality.add_argument(
         "--decontaminate", nargs="+", type=Path, default=(), metavar="FILE", help="drop what overlaps with eval files"

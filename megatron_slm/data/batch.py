@@ -77,12 +77,12 @@ def build_samples(
         ``reset_attention_mask`` ``document_ids`` int64 [B, S]: documents of the sample counted from 0, the
         end-of-document token belonging to the document it ends. Nothing is shared with the memory-mapped files.
     """
-    # The slot without a sample holds end-of-document tokens: valid ids, and each its own document.
-    stream = np.full((len(rows), seq_length + 1), eod_id, dtype=np.int64)
-    for row, tokens in enumerate(rows):
-        if tokens is not None:
-            stream[row] = tokens
-    tokens, labels = np.ascontiguousarray(stream[:, :-1]), np.ascontiguousarray(stream[:, 1:])
+    tokens = np.empty((len(rows), seq_length), dtype=np.int64)
+    labels = np.empty_like(tokens)
+    for row, sample in enumerate(rows):
+        # The slot without a sample holds end-of-document tokens: valid ids, and each its own document.
+        tokens[row] = eod_id if sample is None else sample[:-1]
+        labels[row] = eod_id if sample is None else sample[1:]
     loss_mask = np.ones(tokens.shape, dtype=np.float32)
     if eod_mask_loss:
         loss_mask[tokens == eod_id] = 0.0

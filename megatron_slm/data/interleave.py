@@ -59,7 +59,7 @@ class Turns:
 
 
 @functools.lru_cache(maxsize=1024)
-def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None) -> Turns:
+def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None, sharers: int = 0) -> Turns:
     """The turns of ``parts``, positive integers without a common divisor; equal claims are met in their order.
 
     Args:
@@ -72,7 +72,7 @@ def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None) -> T
     periods: list[np.ndarray] = []
     while state not in seen:
         seen[state] = len(periods)
-        periods.append(_period(parts, state))
+        periods.append(_period(parts, state, max(sharers, len(parts))))
         had = np.bincount(periods[-1], minlength=len(parts)).tolist()
         state = tuple(before + part - count for before, part, count in zip(state, parts, had, strict=True))
     table = np.concatenate(periods)
@@ -80,9 +80,9 @@ def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None) -> T
     return Turns(table, _ranks(table, len(parts)), head, np.bincount(table[head:], minlength=len(parts)))
 
 
-def _period(parts: tuple[int, ...], owed: tuple[Fraction, ...]) -> np.ndarray:
+def _period(parts: tuple[int, ...], owed: tuple[Fraction, ...], sharers: int) -> np.ndarray:
     """The turns of one period, int32 [D], beginning where each source is ``owed`` so much."""
-    total, slack = sum(parts), 2 * max(1, len(parts) - 1)
+    total, slack = sum(parts), 2 * max(1, sharers - 1)
     claims = []
     for source, (part, behind) in enumerate(zip(parts, owed, strict=True)):
         # Places count from 1: release = ceil((j + c - behind) D / part), deadline = floor((j+1 - c - behind) D / part),

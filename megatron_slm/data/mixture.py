@@ -203,15 +203,18 @@ class MixtureOrder:
         spans: list[_Span] = []
         base = np.zeros(len(self.sources), dtype=np.int64)
         owed = [Fraction(0)] * len(self.sources)
+        shared: set[int] = set()
         # By content: neither the names of the sources nor the order in which they are listed decides whose turn it is.
         by_content = sorted(range(len(self.sources)), key=lambda number: self.sources[number].order.digest)
         for phase, following in itertools.zip_longest(self.phases, self._starts[1:]):
             shares = [phase.shares.get(source.name, Fraction(0)) for source in self.sources]
             numbers = [number for number in by_content if shares[number]]
             parts = dict(phase.parts)
+            shared.update(numbers)
             table = turns(
                 tuple(parts[self.sources[number].name] for number in numbers),
                 tuple(owed[number] for number in numbers),
+                len(shared),
             )
             spans.append(_Span(phase.start, np.array(numbers), table, base))
             if following is not None:
@@ -222,3 +225,16 @@ class MixtureOrder:
                     for before, share, count in zip(owed, shares, grown, strict=True)
                 ]
         return tuple(spans)
+
+
+def described(order: MixtureOrder) -> list[str]:
+    """What a run's log says of its order: the sources, and the shares of every phase as they are aimed at."""
+    sizes = ", ".join(f"{source.name} of {source.order.num_samples:,}" for source in order.sources)
+    lines = [f"samples of {order.seq_length} tokens an epoch: {sizes}"]
+    if len(order.sources) > 1:
+        lines += [
+            f"shares from sample {phase.start} on: {phase.shares_text}"
+            + (" (by held-out loss)" if phase.adaptive else "")
+            for phase in order.phases
+        ]
+    return lines

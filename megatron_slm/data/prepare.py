@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.documents import DEFAULT_PATTERN, Source, open_sources
+from megatron_slm.data.documents import DEFAULT_PATTERN, open_sources
 from megatron_slm.data.manifest import read_manifest
 from megatron_slm.data.preparation.publishing import assemble
 from megatron_slm.data.preparation.reading import Reader, as_it_is, chunking, scrubbed
-from megatron_slm.data.preparation.request import DEFAULT_VOCAB_SIZE, Request
+from megatron_slm.data.preparation.request import Request
 from megatron_slm.data.preparation.screening import screen
 from megatron_slm.data.preparation.staging import open_staging, remove_leftover
 from megatron_slm.data.preparation.tokenising import make_tokenizer, tokenise
 from megatron_slm.data.quality.config import QualityConfig
-from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS, SCHEMA_VERSION
+from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
 
@@ -63,8 +63,7 @@ def prepare(
         tokenizer_model: take this tokenizer instead of training one.
         tokenizer_type: of a tokenizer that is trained, "bpe" (default) or "unigram".
         eod_token: token of ``tokenizer_model`` that ends a document, where it does not say so itself.
-        split: share of the documents for the valid split, in [0, 1); each is assigned by a hash of its number.
-        seed: key of the assignment.
+        split: share of the documents for the valid split, in [0, 1); each is assigned by a hash of ``seed`` and number.
         text_unit: what one document of a ``.txt`` file is, "paragraph" or "file".
         pattern: which files of a directory are read.
         licence: of all inputs; default what each says about itself.
@@ -79,45 +78,36 @@ def prepare(
         DataError: an input cannot be read, ``output`` holds something else, or a value is out of range.
         ResumableError: the disk is full or a worker died; the same command goes on from there.
     """
-    if not inputs:
-        raise DataError("No input file was given. Name at least one .txt or .jsonl file.")
-    if workers < 1:
-        raise DataError(f"--workers is {workers}, but at least 1 process does the work.")
     given = _given_tokenizer(tokenizer_model, eod_token, vocab_size=vocab_size, tokenizer_type=tokenizer_type)
     quality = None if quality == QualityConfig() else quality
-    sources = open_sources(inputs, pattern=pattern)
-    _check_tokens(sources, given, quality)
-    request = Request(
-        schema_version=SCHEMA_VERSION,
-        inputs=tuple(source.sha256 for source in sources),
-        vocab_size=None if given else DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size,
-        tokenizer_hash=given.hash if given else None,
-        tokenizer_type=None if given else tokenizer_type or "bpe",
-        eod_token=given.eod_token if given else None,
+    reader = _reader(inputs, given, quality, text_key=text_key, text_unit=text_unit, pattern=pattern)
+    request = Request.of(
+        reader,
+        given,
+        quality,
+        vocab_size=vocab_size,
+        tokenizer_type=tokenizer_type,
         split=split,
         seed=seed,
-        text_key=text_key,
-        text_unit=text_unit,
         shard_tokens=shard_tokens,
         licence=licence,
-        pattern=pattern if any(source.kind == "tree" for source in sources) else None,
-        quality=None if quality is None else quality.described(),
     )
-    target = Path(output).absolute()
+    return _prepared(Path(output).absolute(), request, reader, given, quality, workers)
+
+
+def _prepared(
+    target: Path, request: Request, reader: Reader, given: Tokenizer | None, quality: QualityConfig | None, workers: int
+) -> dict[str, Any]:
+    """The passes, one after another; each takes what an earlier command has finished of it."""
+    if workers < 1:
+        raise DataError(f"--workers is {workers}, but at least 1 process does the work.")
     if os.path.lexists(target):
         return {**_existing(target, request), "already_prepared": True}
-    reader = Reader(
-        tuple(sources),
-        text_key,
-        text_unit,
-        eod_id=given.eod_id if given else None,
-        scrub=scrubbed if quality and quality.scrub_pii else as_it_is,
-    )
     with open_staging(target, request, chunking()) as staging:
         screening = screen(staging, reader, request, quality, workers)
         tokenizer = make_tokenizer(staging, reader, request, screening, given)
         tokenise(staging, reader, screening, tokenizer, workers)
-        manifest = assemble(staging, request, screening, sources, tokenizer)
+        manifest = assemble(staging, request, screening, reader.sources, tokenizer)
         staging.publish(target)
     return {**manifest, "already_prepared": False}
 
@@ -140,8 +130,19 @@ def _given_tokenizer(
     return Tokenizer.open(path, eod_token=eod_token)
 
 
-def _check_tokens(sources: Sequence[Source], given: Tokenizer | None, quality: QualityConfig | None) -> None:
-    """Refuse inputs that hold tokens where text is needed."""
+def _reader(
+    inputs: Sequence[str | Path],
+    given: Tokenizer | None,
+    quality: QualityConfig | None,
+    *,
+    text_key: str,
+    text_unit: str,
+    pattern: str,
+) -> Reader:
+    """The inputs, hashed; those that hold tokens are refused where text is needed."""
+    if not inputs:
+        raise DataError("No input file was given. Name at least one .txt or .jsonl file.")
+    sources = open_sources(inputs, pattern=pattern)
     for source in sources:
         if source.kind == "tokens" and given is None:
             raise DataError(
@@ -153,6 +154,14 @@ def _check_tokens(sources: Sequence[Source], given: Tokenizer | None, quality: Q
                 f"{source.path} holds token ids, which no filter of text can judge. Drop the filters, or prepare this "
                 "input by itself."
             )
+    return Reader(
+        tuple(sources),
+        text_key,
+        text_unit,
+        pattern,
+        eod_id=given.eod_id if given else None,
+        scrub=scrubbed if quality and quality.scrub_pii else as_it_is,
+    )
 
 
 def _existing(target: Path, request: Request) -> dict[str, Any]:

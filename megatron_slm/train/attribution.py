@@ -110,11 +110,12 @@ class Evidence(NamedTuple):
     """What one rank knows without running the step again."""
 
     witness: Witness
-    gradient: Event | None
-    """Of the bad gradients of the rejected step the one nearest the loss."""
     bad_gradients: int
+    """Parameters with one, of the rejected step."""
     largest: tuple[float, str]
+    """Sum of squares and name of the largest gradient."""
     tokens: float
+    """Of this rank in the loss."""
 
 
 def investigation(loader: TrainLoader) -> Callable[[TrainState, StepPlan, StepInput, dict[str, Any]], str]:
@@ -128,7 +129,7 @@ def investigation(loader: TrainLoader) -> Callable[[TrainState, StepPlan, StepIn
 
 
 def sample_names(loader: TrainLoader, cursor: Cursor, micro_batch: int) -> list[str]:
-    """The samples of this rank's micro-batch, by the positions that ``mslm data inspect`` takes, of a step at ``cursor``."""
+    """The samples of this rank's micro-batch of the step that begins at ``cursor``, in words."""
     positions = positions_of(
         micro_batch,
         consumed_samples=cursor.consumed_samples,
@@ -160,8 +161,16 @@ def attribute(
         random_at_start: random states before it.
         samples_of: names of the samples of this rank's micro-batch of that number.
     """
-    evidence: list[Evidence] = _gathered(_evidence(state, plan, inputs, samples_of))
-    finding = _origin([each.witness for each in evidence]) or _no_tokens(evidence)
+    at_rest = [*bad_state(state.chunks, state.optimizer, plan.groups), *bad_inputs(inputs.micro_batches)]
+    gradients = bad_gradients(state.chunks, REDUCTION, "reduction", "gradient")
+    mine = Evidence(
+        witness=_witness(plan, at_rest[0] if at_rest else None, samples_of),
+        bad_gradients=len(gradients),
+        largest=largest_gradient(state.chunks),
+        tokens=sum(float(batch["loss_mask"].sum()) for batch in inputs.micro_batches),
+    )
+    evidence: list[Evidence] = _gathered(mine)
+    finding = _origin([each.witness for each in evidence]) or _no_tokens(evidence) or _overflow(evidence)
     if finding is None:
         random = state.random.capture()
         state.random.restore(random_at_start)
@@ -169,25 +178,12 @@ def attribute(
         with trace.watching():
             forward_backward(state, plan, inputs)
         state.random.restore(random)
-        finding = _origin(_gathered(_witness(plan, trace.first(), samples_of)))
+        again = _gathered(_witness(plan, trace.first(), samples_of))
+        left = _gathered(_witness(plan, trace.nearest_the_loss(gradients), samples_of))
+        finding = _origin(again) or _transient(left, evidence)
     zero_gradients(state.chunks)
     state.optimizer.zero_grad()
-    return finding or _overflow(evidence) or _transient(evidence)
-
-
-def _evidence(
-    state: TrainState, plan: StepPlan, inputs: StepInput, samples_of: Callable[[int], Sequence[str]]
-) -> Evidence:
-    chunks, groups = state.chunks, plan.groups
-    at_rest = [*bad_state(chunks, state.optimizer, groups), *bad_inputs(inputs.micro_batches)]
-    gradients = bad_gradients(chunks, groups, (REDUCTION, "reduction", "gradient"))
-    return Evidence(
-        witness=_witness(plan, at_rest[0] if at_rest else None, samples_of),
-        gradient=gradients[0] if gradients else None,
-        bad_gradients=len(gradients),
-        largest=largest_gradient(chunks, groups),
-        tokens=sum(float(batch["loss_mask"].sum()) for batch in inputs.micro_batches),
-    )
+    return finding
 
 
 def _witness(plan: StepPlan, event: Event | None, samples_of: Callable[[int], Sequence[str]]) -> Witness:
@@ -212,10 +208,9 @@ def _origin(witnesses: Sequence[Witness]) -> Finding | None:
     found.sort(key=lambda pair: (pair[1].order, pair[0].rank))
     (first, event), others, replicas = found[0], [], {found[0][0].dp_rank}
     for witness, other in found[1:]:
-        same = (other.order, other.module, other.tensor) == (event.order, event.module, event.tensor)
-        if same:
+        if (other.order, other.module, other.tensor) == (event.order, event.module, event.tensor):
             others.append(f"the same on rank {witness.rank} ({witness.coordinates})")
-        elif witness.dp_rank not in replicas:
+        elif witness.dp_rank not in replicas and not _follows(other, event):
             batch = f" of micro-batch {other.micro_batch}" if other.micro_batch is not None else ""
             others.append(
                 f"on rank {witness.rank} ({witness.coordinates}), independently, the {other.tensor} of {other.module} "
@@ -223,6 +218,17 @@ def _origin(witnesses: Sequence[Witness]) -> Finding | None:
             )
         replicas.add(witness.dp_rank)
     return _finding(first, event, reproduced=True, others=tuple(others))
+
+
+def _follows(other: Event, event: Event) -> bool:
+    """Whether what another replica has found is a consequence of ``event``, the earliest one.
+
+    The reduction of the gradients, and the gathering of weights that a bad optimizer state was written into, are where
+    replicas meet.
+    """
+    if other.order[0] == REDUCTION:
+        return event.order[0] != REDUCTION
+    return event.phase == "optimizer state" and other.phase == "parameter" and other.module == event.module
 
 
 def _finding(witness: Witness, event: Event, *, reproduced: bool, others: tuple[str, ...] = ()) -> Finding:
@@ -257,19 +263,20 @@ def _no_tokens(evidence: Sequence[Evidence]) -> Finding | None:
 def _overflow(evidence: Sequence[Evidence]) -> Finding | None:
     """Finite gradients whose norm is not."""
     largest = max(evidence, key=lambda each: each.largest[0])
-    if any(each.gradient for each in evidence) or sum(each.largest[0] for each in evidence) <= LARGEST_SQUARES:
+    if any(each.bad_gradients for each in evidence) or sum(each.largest[0] for each in evidence) <= LARGEST_SQUARES:
         return None
     return _without_values(largest.witness, "gradient norm", largest.largest[1])
 
 
-def _transient(evidence: Sequence[Evidence]) -> Finding:
+def _transient(left: Sequence[Witness], evidence: Sequence[Evidence]) -> Finding:
     """A fault that the second run did not show; what the first has left behind is the only trace of it."""
-    left = [(each, each.gradient) for each in evidence if each.gradient is not None]
-    if not left:
-        return _without_values(evidence[0].witness, "forward", "", reproduced=False)
-    nearest, event = min(left, key=lambda pair: (pair[1].order, pair[0].witness.rank))
+    found = [(witness, witness.event) for witness in left if witness.event is not None]
+    if not found:
+        return _without_values(left[0], "forward", "", reproduced=False)
+    nearest, event = min(found, key=lambda pair: (pair[1].order, pair[0].rank))
     others = tuple(
         f"{each.bad_gradients} parameters with bad gradients on rank {each.witness.rank} ({each.witness.coordinates})"
-        for each, _ in left
+        for each in evidence
+        if each.bad_gradients
     )
-    return _finding(nearest.witness, event, reproduced=False, others=others)
+    return _finding(nearest, event, reproduced=False, others=others)

@@ -87,24 +87,17 @@ def bad_inputs(micro_batches: Sequence[Batch]) -> list[Event]:
     ]
 
 
-def bad_gradients(chunks: Sequence[nn.Module], groups: Any, what: tuple[int, str, str]) -> list[Event]:
-    """Gradient buffers that are not finite, the one nearest the loss first: a backward pass spreads to those behind it.
-
-    A tied embedding comes last, because the pipeline stages exchange its gradient.
-
-    Args:
-        what: first number of the order, phase and word for the tensor of the events.
-    """
-    number, phase, word = what
+def bad_gradients(chunks: Sequence[nn.Module], number: int, phase: str, word: str) -> list[Event]:
+    """Gradient buffers that are not finite, as events of that number and phase, tied embeddings behind the others."""
     events = []
-    for (stage, place), name, param in placed_parameters(chunks, groups):
+    for name, param in named_parameters(list(chunks)):
         nonfinite = count_nonfinite(param.main_grad) if hasattr(param, "main_grad") else 0
         if nonfinite:
             module, _, kind = name.rpartition(".")
-            tied = int(getattr(param, "shared_embedding", False))
             events.append(
                 Event(
-                    order=(number, tied, -stage, -place),
+                    # The pipeline stages exchange the gradient of a tied embedding: it says little of where it arose.
+                    order=(number, int(getattr(param, "shared_embedding", False))),
                     phase=phase,
                     module=module,
                     tensor=f"{word} of the {kind}",
@@ -112,14 +105,14 @@ def bad_gradients(chunks: Sequence[nn.Module], groups: Any, what: tuple[int, str
                     total=param.numel(),
                 )
             )
-    return sorted(events, key=lambda event: event.order)
+    return events
 
 
-def largest_gradient(chunks: Sequence[nn.Module], groups: Any) -> tuple[float, str]:
+def largest_gradient(chunks: Sequence[nn.Module]) -> tuple[float, str]:
     """(sum of squares in float64, name) of the largest gradient in the buffers."""
     found = [
         (float(squares_of(param.main_grad)), name)
-        for _, name, param in placed_parameters(chunks, groups)
+        for name, param in named_parameters(list(chunks))
         if hasattr(param, "main_grad")
     ]
     return max(found, default=(0.0, ""))

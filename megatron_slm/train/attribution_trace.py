@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,10 +51,19 @@ class Trace:
         self._sequence = 0
         self._found: dict[tuple[int, int, int], Event] = {}
         self._after: list[Event] = []
+        self._places: dict[str, tuple[int, int]] = {}
 
     def first(self) -> Event | None:
         """The event of this rank that comes first in causal order."""
         return min([*self._found.values(), *self._after], key=lambda event: event.order, default=None)
+
+    def nearest_the_loss(self, gradients: Sequence[Event]) -> Event | None:
+        """Of bad gradients the one that was made first: a backward pass spreads it to everything after it."""
+        placed = []
+        for event in gradients:
+            stage, sequence = self._places.get(event.module, (0, 0))
+            placed.append(replace(event, order=(*event.order, -stage, -sequence)))
+        return min(placed, key=lambda event: event.order, default=None)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -95,6 +105,7 @@ class Trace:
 
     def _after_module(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._sequence += 1
+        self._places.setdefault(name, (stage_of(self._pass[2], self._groups), self._sequence))
         self._look(output, name, "output")
         self._label(name, (args, kwargs), output)
 
@@ -165,10 +176,11 @@ class Trace:
         """Micro-batch; forward before backward; pipeline stages in their order, backwards in the backward pass."""
         micro_batch, direction, index = self._pass
         stage = stage_of(index, self._groups)
-        return PASS, micro_batch, direction, -stage if direction == BACKWARD else stage, self._sequence
+        return PASS, micro_batch, direction, stage, self._sequence
 
-    def _look_at_buffers(self, order: int, phase: str, tensor: str) -> None:
-        self._after += bad_gradients(self._chunks, self._groups, (order, phase, tensor))[:1]
+    def _look_at_buffers(self, number: int, phase: str, word: str) -> None:
+        nearest = self.nearest_the_loss(bad_gradients(self._chunks, number, phase, word))
+        self._after += [nearest] if nearest is not None else []
 
 
 def _made_by(tensor: Tensor) -> Iterator[Any]:

@@ -48,11 +48,11 @@ class Ema(Hook):
         self._averages = [weights.clone() for weights in self._weights]
         places = zip(masters, self._averages, strict=True)
         self._held = {master.param: (master.start, average) for master, average in places}
-        self._loaded = False
+        self._loaded = self._applied = False
 
     def before_run(self, state: TrainState) -> None:
         """Begin with the weights that were loaded, unless averages were."""
-        if not self._loaded:
+        if self._averages and not self._loaded:
             torch._foreach_copy_(self._averages, self._weights)
         self._loaded = False
 
@@ -62,23 +62,25 @@ class Ema(Hook):
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Take in the weights after an update."""
-        if not result.skipped:
+        if self._averages and not result.skipped:  # torch refuses an empty list
             torch._foreach_lerp_(self._averages, self._weights, 1.0 - self._decay)
 
     @contextmanager
     def applied(self, state: TrainState) -> Iterator[None]:
         """The model's weights are the averages for a while; then they are again what they were, bit by bit. Collective.
 
-        No step may be taken meanwhile: the optimizer's tensors and the averages have changed places.
+        Meanwhile no step may be taken and nothing saved: the optimizer's tensors and the averages have changed places.
+        After an error they stay so, because it may be this rank's alone, and the others would not take part.
         """
         self._exchange(state)
-        try:
-            yield
-        finally:
-            self._exchange(state)
+        self._applied = True
+        yield
+        self._exchange(state)
+        self._applied = False
 
     def sharded_state(self, models: dict[str, Any]) -> dict[str, Any]:
         """The averages in the places of the weights, in full precision and on the host; collective."""
+        assert not self._applied, "the weights are the averages now: a checkpoint would take the one for the other"
         return {
             name: {key: _under_prefix(entries[key], self._whole(param)) for key, param in parameters.items()}
             for (name, entries), parameters in zip(models.items(), self._parameters, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -48,9 +49,10 @@ class ValidationHook(Hook):
         loss = self.evaluate(state)
         self._last = state.step
         if self.early_stopping is not None:
+            already = self.early_stopping.finished
             self.early_stopping.observe(loss, state.step)
             state.records["early_stopping"] = self.early_stopping.record()
-            if self.early_stopping.finished:
+            if self.early_stopping.finished and not already:
                 self.say(self.early_stopping.reason())
 
     def finished(self) -> bool:
@@ -90,9 +92,12 @@ class CheckpointHook(Hook):
         # A run that begins after a step came from the checkpoint of that step: it needs no second one.
         self._saved = state.step or -1
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # Core collects garbage in every save, and would each time go through all that was imported and built so far.
+        gc.collect()
+        gc.freeze()
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
-        if self._in_flight is not None and self._in_flight.written.done() and not self.in_trouble():
+        if not self.is_writing() and not self.in_trouble():
             self._land(state)
         if self.interval and state.step % self.interval == 0:
             self._save(state, background=self.background)
@@ -102,6 +107,10 @@ class CheckpointHook(Hook):
             self._save(state, background=False)
         self._land(state)
         self._writer.shutdown()
+
+    def is_writing(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self._in_flight is not None and not self._in_flight.written.done()
 
     def in_trouble(self) -> bool:
         flight = self._in_flight

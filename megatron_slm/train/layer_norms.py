@@ -28,24 +28,17 @@ class LayerNorms(Hook):
     """
 
     def __init__(
-        self,
-        interval: int,
-        num_layers: int,
-        groups: Any,
-        *,
-        sequence_parallel: bool,
-        write: Callable[[dict[str, Any]], None] | None,
+        self, interval: int, num_layers: int, groups: Any, write: Callable[[dict[str, Any]], None] | None
     ) -> None:
         """Measure nothing yet.
 
         Args:
             num_layers: of the whole model.
-            sequence_parallel: tp ranks hold different parts of every activation, not the same whole.
             write: takes the record of :func:`layer_record`, on the rank that logs.
         """
         self._interval, self._groups, self._write = interval, groups, write
         self._parts = model_parts(num_layers)
-        self._activations = Activations(self._parts, counts=sequence_parallel or groups.tp.rank() == 0)
+        self._activations = Activations(self._parts)
         self._counted: list[Master] = []
         self._before: list[Tensor] = []
         self._sums: Tensor | None = None
@@ -90,22 +83,20 @@ class LayerNorms(Hook):
 
 
 class Activations:
-    """Sums of squares of what the parts of this rank's model put out, while it is listening.
+    """Sums of squares of what the parts of this rank's model put out, and their elements, while it is listening.
 
-    Args:
-        parts: of the whole model.
-        counts: whether this rank's activations belong into a sum over the world.
+    Where tp ranks hold the same activations (without sequence parallelism), and where a layer is recomputed, both are
+    counted several times, and the mean stays the same.
     """
 
-    def __init__(self, parts: Sequence[str], *, counts: bool) -> None:
-        self._parts, self._counts = parts, counts
+    def __init__(self, parts: Sequence[str]) -> None:
+        """Hear nothing yet; ``parts`` are those of the whole model."""
+        self._parts = parts
         self._handles: list[RemovableHandle] = []
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
 
     def listen(self, chunks: Sequence[nn.Module]) -> None:
         """Add up the outputs of every forward pass from now on."""
-        if not self._counts:
-            return
         for part, module in output_modules(chunks):
 
             def add(module: nn.Module, inputs: Any, output: Any, part: str = part) -> None:

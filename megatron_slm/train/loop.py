@@ -43,7 +43,7 @@ def run_loop(
     """
     for hook in hooks:
         hook.before_run(state)
-    stopped = finished = False
+    stopped, finished = False, any(hook.finished() for hook in hooks)
     hook_seconds = 0.0
     while state.step < train_iters and not stopped and not finished:
         for hook in hooks:

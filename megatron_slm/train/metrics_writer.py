@@ -106,7 +106,7 @@ class MetricsWriter(Hook):
         parts = {f"lm loss validation/{name}": part for name, part in (by_source or {}).items()}
         if averaged is not None:
             parts["lm loss validation ema"] = averaged
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "consumed_samples": consumed_samples,
             "lm_loss": finite(loss),

@@ -109,8 +109,6 @@ def train_step(
 ) -> Outcome:
     """Take the next global batch through forward, backward and, if the guard accepts it, update. Collective.
 
-    ``state`` advances with an applied update only.
-
     Args:
         next_input: gives the global batch; its time is the step's data time.
         wants_stop: this rank's wish to stop after the step.
@@ -133,12 +131,8 @@ def train_step(
     learning_rate = plan.learning_rate(state.step)
     begun_at = state.cursor.consumed_samples
     if verdict.applies:
-        for hook in hooks:
-            hook.before_update(state, inputs)
-        set_learning_rate(state.optimizer, learning_rate, plan.peak_learning_rate)
-        apply_update(state.optimizer, norm)
+        _update(state, plan, inputs, hooks, learning_rate=learning_rate, norm=norm)
         guard.accept(loss, norm)
-        state.step, state.cursor = state.step + 1, inputs.cursor
     ended = time.perf_counter()
     times = StepTimes(
         data=loaded - started,
@@ -163,6 +157,16 @@ def train_step(
         extra={name: mean for name, mean in agreed.means.items() if name != LOSS},
     )
     return Outcome(result, verdict, inputs, random, agreed.stop, agreed.trouble)
+
+
+def _update(
+    state: TrainState, plan: StepPlan, inputs: StepInput, hooks: Sequence[Hook], *, learning_rate: float, norm: float
+) -> None:
+    for hook in hooks:
+        hook.before_update(state, inputs)
+    set_learning_rate(state.optimizer, learning_rate, plan.peak_learning_rate)
+    apply_update(state.optimizer, norm)
+    state.step, state.cursor = state.step + 1, inputs.cursor
 
 
 def forward_backward(state: TrainState, plan: StepPlan, inputs: StepInput) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ transient, with the gradient nearest the loss that it has spoilt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -134,15 +135,16 @@ def hunt(case: Case, data: Path, directory: Path) -> tuple[str, list[str]]:
     """Run the case; returns what the run said, and what of it is not as planned."""
     samples = directory / "samples.json"
     try:
-        runs.train(
-            directory / "run",
-            data,
-            case.ranks,
-            "train.train_iters=4",
-            "train.eval_iters=0",
-            *case.overrides,
-            plant=partial(plant, case.fault, samples),
-        )
+        with contextlib.redirect_stdout(None):
+            runs.train(
+                directory / "run",
+                data,
+                case.ranks,
+                "train.train_iters=4",
+                "train.eval_iters=0",
+                *case.overrides,
+                plant=partial(plant, case.fault, samples),
+            )
     except RankFailure as failure:
         said = re.search(r"step \d+: the loss is .*", str(failure))
         if said is None:

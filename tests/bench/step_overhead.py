@@ -77,7 +77,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
         plan = run.step_plan(config, groups, torch.device("cpu"))
         loader = run.train_loader(config, data, groups)
         inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan.device)
-        interventions = run.build_interventions(config, loader, record, layout, log)
+        interventions = run.build_interventions(resolved, data, loader, layout, record, log)
         guard = Guard(config.train)
 
         class OpenLog(Hook):

@@ -99,10 +99,7 @@ def measure(task: Task, interval: int | None = 1) -> Measured:
     found = Measured([], [], [], [], {})
     hooks: list[Hook] = []
     if interval is not None:
-        sharded = task.parallel.sequence_parallel
-        layers = LayerNorms(
-            interval, task.model.num_layers, groups, sequence_parallel=sharded, write=found.layers.append
-        )
+        layers = LayerNorms(interval, task.model.num_layers, groups, found.layers.append)
         hooks = [NoiseScale(interval, plan, found.noise.append), layers]
     for step in range(task.iters):
         inputs = StepInput(

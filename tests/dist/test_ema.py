@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train.config import PrecisionConfig
+from tests import runs
 from tests.ranks import run_ranks
 from tests.training import Task, build, global_tensors, mean_loss, micro_batches, worst_difference
 
@@ -200,3 +203,68 @@ def test_a_checkpoint_gives_every_layout_the_same_bits(tmp_path: Path, move: str
     as_part, as_weights = run_ranks(read, new_world_size, task.on(**after), tmp_path)[0]
     for name, average in saved.averages.items():
         assert average.equal(as_part[name]) and average.equal(as_weights[name]), name
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+EMA, ITERS = "train.ema_decay=0.5", "train.train_iters=6"
+DP2 = ("precision.bf16=true", "parallel.overlap_param_gather=true", "train.eval_interval=2")
+
+
+def test_a_run_keeps_validates_and_resumes_its_averages(tmp_path: Path, data: Path) -> None:
+    """Bitwise, and the training is the one without averages."""
+    plain, straight, resumed = (tmp_path / name for name in ("plain", "straight", "resumed"))
+    assert runs.train(plain, data, 2, ITERS, *DP2) == 0
+    assert runs.train(straight, data, 2, ITERS, *DP2, EMA) == 0
+    assert runs.train(resumed, data, 2, ITERS, *DP2, EMA, "train.exit_interval=3") == 75
+    assert runs.train(resumed, data, 2, ITERS, *DP2, EMA) == 0
+    assert runs.losses(plain) == runs.losses(straight) == runs.losses(resumed)
+    contents = [runs.contents(runs.checkpoint_path(run, 6)) for run in (plain, straight, resumed)]
+    assert runs.differences(contents[1], contents[2]) == []
+    averages = {key.removeprefix("ema."): value for key, value in contents[1].items() if key.startswith("ema.")}
+    weights = {key: contents[0][f"optimizer.state.param.{key}"] for key in averages}
+    assert len(averages) > 5 and all(value.dtype == torch.float32 for value in averages.values())
+    assert not runs.differences(weights, {key: contents[1][f"optimizer.state.param.{key}"] for key in averages})
+    assert len(runs.differences(weights, averages)) == len(averages)
+    validations = runs.records(straight, "validation.jsonl")
+    assert [record["step"] for record in validations] == [0, 2, 4, 6]
+    assert validations[0]["lm_loss_ema"] == validations[0]["lm_loss"]
+    assert all(record["lm_loss_ema"] != record["lm_loss"] for record in validations[1:])
+
+
+def test_averages_begin_with_the_weights_that_were_loaded(tmp_path: Path, data: Path) -> None:
+    """A run that gets them at step 2, under another layout, and one from another run's weights."""
+    run, tuned = tmp_path / "run", tmp_path / "tuned"
+    assert runs.train(run, data, 2, "train.train_iters=2", "parallel.tensor_model_parallel_size=2") == 0
+    assert runs.train(run, data, 1, "train.train_iters=3", EMA) == 0
+    before, after = (runs.contents(runs.checkpoint_path(run, step)) for step in (2, 3))
+    assert "holds no ema: it starts from the loaded weights" in (run / "log.txt").read_text()
+    for key in (key for key in after if key.startswith("ema.")):
+        weights = [contents[key.removeprefix("ema.")] for contents in (before, after)]
+        torch.testing.assert_close(after[key], (weights[0] + weights[1]) / 2)
+    start = f"checkpoint.pretrained_checkpoint={run}"
+    assert runs.train(tuned, data, 1, "train.train_iters=0", EMA, start) == 0
+    contents = runs.contents(runs.checkpoint_path(tuned, 0))
+    assert all(contents[key].equal(after[key.removeprefix("ema.")]) for key in contents if key.startswith("ema."))
+
+
+def said(run: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "megatron_slm.cli", "generate", str(run), "--prompt", "def ", "--seed", "3"]
+    done = subprocess.run([*command, "--max-new-tokens", "8", *options], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else f"{done.returncode}: {done.stderr}"
+
+
+def test_generate_takes_the_averages(tmp_path: Path, data: Path) -> None:
+    """With the first weights as averages (a decay of nearly 1) it says what the untrained model says."""
+    untrained, trained = tmp_path / "untrained", tmp_path / "trained"
+    assert runs.train(untrained, data, 1, "train.train_iters=0") == 0
+    fast = ("optimizer.lr=1e-1", "schedule.lr_decay_style=constant", "train.train_iters=4")
+    assert runs.train(trained, data, 1, *fast, "train.ema_decay=0.9999999") == 0
+    first, last = said(untrained), said(trained)
+    assert first.startswith("def ") and last.startswith("def ") and first != last
+    assert said(trained, "--ema") == first
+    refused = said(untrained, "--ema")
+    assert refused.startswith("2: ") and "holds no averaged weights" in refused and "Traceback" not in refused

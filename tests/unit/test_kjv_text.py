@@ -56,3 +56,12 @@ def test_verses_become_chapters(program: ModuleType, monkeypatch: pytest.MonkeyP
     documents = [json.loads(line) for line in program.chapters(raw.encode()).splitlines()]
     assert [document["text"] for document in documents] == ["Ruth 1\na b\nc", "Ruth 2\nd", "Job 1\né"]
     assert documents[0]["source"] == "King James Bible, Ruth 1"
+
+
+def test_each_verse_is_a_document_with_its_citation(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"citation": f"Job 1:{verse}", "text": "é", "book": "Job", "chapter": 1, "verse": verse} for verse in (1, 2)
+    ]
+    monkeypatch.setattr(program, "NUM_VERSES", 2)
+    documents = [json.loads(line) for line in program.verses("\n".join(map(json.dumps, rows)).encode()).splitlines()]
+    assert documents == [{"text": "é", "citation": f"Job 1:{verse}", "source": "King James Bible"} for verse in (1, 2)]

@@ -15,6 +15,7 @@ import pytest
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.documents import in_valid, open_sources, read_documents
 from megatron_slm.data.prepare import TOKENIZER_PATH, prepare
+from megatron_slm.data.quality.config import QualityConfig
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
 
@@ -60,6 +61,22 @@ def test_every_document_comes_back_in_exactly_one_split(jsonl: Path, tmp_path: P
     assert result["splits"]["train"]["num_shards"] > 3
     assert not result["already_prepared"]
     assert left_beside(tmp_path / "corpus") == ["corpus"]
+
+
+def test_chunks_and_dropped_documents_change_nothing_for_the_others(
+    jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents keep the number they were read with, which assigns their split."""
+    quality = QualityConfig(min_characters=100)
+    whole = run([jsonl], tmp_path / "whole", quality=quality)
+    monkeypatch.setattr("megatron_slm.data.preparation.reading.CHUNK_CHARACTERS", 5000)
+    cut = run([jsonl], tmp_path / "cut", quality=quality)
+    assert cut == whole
+    for split in ("train", "valid"):
+        kept = [(number, text) for number, text in enumerate(FUNCTIONS) if len(text) >= 100]
+        expected = [text for number, text in kept if in_valid(1234, number, 0.1) == (split == "valid")]
+        assert documents_of(tmp_path / "cut", split) == expected
+    assert cut["dropped"] == {"short": sum(len(text) < 100 for text in FUNCTIONS)}
 
 
 def test_the_tokenizer_is_trained_on_the_train_split_alone(jsonl: Path, tmp_path: Path) -> None:
@@ -217,7 +234,12 @@ def test_values_out_of_range_are_refused(jsonl: Path, tmp_path: Path, options: d
 
 def test_split_zero_makes_no_valid_split(jsonl: Path, tmp_path: Path) -> None:
     assert list(run([jsonl], tmp_path / "corpus", split=0.0)["splits"]) == ["train"]
-    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == ["card.md", "manifest.json", "tokenizer", "train"]
+    assert sorted(path.name for path in (tmp_path / "corpus").iterdir()) == [
+        "card.md",
+        "manifest.json",
+        "tokenizer",
+        "train",
+    ]
 
 
 def test_text_files_are_paragraphs_or_one_document(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def refusal(capsys: pytest.CaptureFixture[str], *tokens: str | Path) -> str:
     """What ``mslm data prepare`` says when it ends with 2."""
     capsys.readouterr()
-    assert main(["data", "prepare", *map(str, tokens), "--vocab-size", "300"]) == 2
+    # The last of two --workers holds: one process, unless the test asks for more.
+    assert main(["data", "prepare", "--workers", "1", *map(str, tokens), "--vocab-size", "300"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     *notices, message = printed.err.splitlines()
@@ -100,6 +101,30 @@ def test_a_file_that_is_another_one_when_it_is_read(
     assert beside(output) == []
 
 
+def test_a_file_that_comes_back_is_gone_on_with(
+    jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was read of the other input is not lost."""
+    monkeypatch.setattr("megatron_slm.data.preparation.reading.CHUNK_CHARACTERS", 2000)
+    away, back = shutil.copy(jsonl, jsonl.with_name("second.jsonl")), jsonl.with_name("away")
+
+    def open_and_move(inputs: list[Path], *, pattern: str) -> list[Source]:
+        sources = open_sources(inputs, pattern=pattern)
+        os.rename(away, back)
+        return sources
+
+    command = [str(jsonl), str(away), "--output", str(jsonl.with_name("corpus")), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "open_sources", open_and_move)
+        assert "second.jsonl: No such file" in refusal(capsys, *command)
+    kept = list(jsonl.with_name(".corpus.preparing").glob("screen-*.npz"))
+    assert len(kept) > 3
+    os.rename(back, away)
+    assert main(["data", "prepare", *command, "--vocab-size", "300"]) == 0
+    assert "another request" not in capsys.readouterr().err
+    assert beside(jsonl.with_name("corpus")) == ["corpus"]
+
+
 def test_a_full_disk_keeps_what_is_finished(
     jsonl: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,7 +138,22 @@ def test_a_full_disk_keeps_what_is_finished(
     kept = {path.name for path in (small_disk / ".corpus.preparing").glob("*.npz")}
     assert kept
     ballast.unlink()
-    assert main(["data", "prepare", str(jsonl), "--output", str(small_disk / "corpus"), "--vocab-size", "300"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "prepare",
+                str(jsonl),
+                "--output",
+                str(small_disk / "corpus"),
+                "--workers",
+                "1",
+                "--vocab-size",
+                "300",
+            ]
+        )
+        == 0
+    )
     assert beside(small_disk / "corpus") == ["corpus"]
     shutil.rmtree(small_disk / "corpus")
     ballast.write_bytes(bytes(1 << 18)[: shutil.disk_usage(small_disk).free - 4096])

@@ -74,8 +74,8 @@ def test_near_duplicates_at_the_threshold() -> None:
             assert found[copy] == (document, "near"), f"similarity {similarity}"
         if similarity < 0.55:
             assert found[copy] is None, f"similarity {similarity}"
-    assert sum(similarity > 0.85 for _, similarity in expected.values()) > 20
-    assert sum(similarity < 0.55 for _, similarity in expected.values()) > 20
+    assert sum(similarity > 0.85 for _, similarity in expected.values()) > 10
+    assert sum(similarity < 0.55 for _, similarity in expected.values()) > 10
 
 
 def test_exact_duplicates_of_a_dropped_document_are_exact() -> None:

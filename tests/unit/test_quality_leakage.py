@@ -65,7 +65,7 @@ def test_a_text_of_few_words_is_no_evidence(questions: Path) -> None:
 
 
 def test_the_length_of_the_ngram_is_a_choice(questions: Path) -> None:
-    piece = "here the five rivers that rise in these places"
+    piece = "here of the five rivers that rise in these places"
     assert screen(questions)(piece).reason is None
     assert screen(questions, leakage_ngram=8)(piece).reason == "leak:questions.jsonl"
     assert screen(questions, leakage_ngram=1)("these").leaks[0].ngram == "these"

@@ -52,6 +52,8 @@ class Reader:
     sources: tuple[Source, ...]
     text_key: str
     text_unit: str
+    pattern: str
+    """Which files of a directory were taken as sources."""
     eod_id: int | None = None
     """Of the given tokenizer; inputs that hold tokens are read with one alone."""
     scrub: Callable[[str], str] = as_it_is

@@ -8,6 +8,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from megatron_slm.data.documents import TEXT_UNITS, in_valid
+from megatron_slm.data.preparation.reading import Reader
+from megatron_slm.data.quality.config import QualityConfig
+from megatron_slm.data.shards import SCHEMA_VERSION
+from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.data.tokenizer_sentencepiece import NUM_FIXED_PIECES
 from megatron_slm.errors import DataError
 
@@ -53,6 +57,39 @@ class Request:
             raise DataError(f"--text-unit is {self.text_unit}, but it must be one of {', '.join(TEXT_UNITS)}.")
         if self.shard_tokens < 1:
             raise DataError(f"shard_tokens is {self.shard_tokens}, but a shard holds at least one token.")
+
+    @staticmethod
+    def of(
+        reader: Reader,
+        given: Tokenizer | None,
+        quality: QualityConfig | None,
+        *,
+        vocab_size: int | None,
+        tokenizer_type: str | None,
+        **values: Any,
+    ) -> Request:
+        """What is asked for with these inputs, this tokenizer or a new one, and these filters.
+
+        Args:
+            values: ``split``, ``seed``, ``shard_tokens`` and ``licence``.
+
+        Raises:
+            DataError: a value is out of range, or an evaluation file cannot be read.
+        """
+        trained = given is None
+        return Request(
+            schema_version=SCHEMA_VERSION,
+            inputs=tuple(source.sha256 for source in reader.sources),
+            vocab_size=DEFAULT_VOCAB_SIZE if trained and vocab_size is None else vocab_size,
+            tokenizer_hash=given.hash if given else None,
+            tokenizer_type=(tokenizer_type or "bpe") if trained else None,
+            eod_token=given.eod_token if given else None,
+            text_key=reader.text_key,
+            text_unit=reader.text_unit,
+            pattern=reader.pattern if any(source.kind == "tree" for source in reader.sources) else None,
+            quality=quality.described() if quality else None,
+            **values,
+        )
 
     @property
     def split_names(self) -> tuple[str, ...]:

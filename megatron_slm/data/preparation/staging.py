@@ -106,8 +106,8 @@ class Staging:
 def open_staging(target: Path, request: Request, chunking: dict[str, int]) -> Iterator[Staging]:
     """The staging directory of ``target``, with what an earlier command of the same ``request`` has finished.
 
-    When the block raises, the directory is kept if going on makes sense: work is finished, and the input was not to
-    blame. The work of another request is removed, and the log says so.
+    When the block raises, the directory is kept if going on makes sense: work is finished, and what was read of the
+    input is not to blame. The work of another request is removed, and the log says so.
 
     Args:
         chunking: how documents are cut into chunks; finished ones are of use only to the same.
@@ -126,9 +126,9 @@ def open_staging(target: Path, request: Request, chunking: dict[str, int]) -> It
             _claim(staging, request, chunking)
             yield staging
         except BaseException as error:
-            blamed = isinstance(error, DataError) and not isinstance(error, ResumableError)
+            kept = _may_go_on(error) and any(directory.glob("*.npz"))
             # Whatever the corpus holds is made again from the chunks; its space may be what is missing.
-            shutil.rmtree(directory if blamed or not _has_work(directory) else staging.corpus, ignore_errors=True)
+            shutil.rmtree(staging.corpus if kept else directory, ignore_errors=True)
             raise
     finally:
         os.close(descriptor)
@@ -226,5 +226,8 @@ def _claim(staging: Staging, request: Request, chunking: dict[str, int]) -> None
         temporary.write_text(json.dumps({"request": request.to_dict(), "chunking": chunking}), encoding="utf-8")
 
 
-def _has_work(directory: Path) -> bool:
-    return any(directory.glob("*.npz"))
+def _may_go_on(error: BaseException) -> bool:
+    """Whether the same command can have another end: not when the input was read and found wrong."""
+    if not isinstance(error, DataError) or isinstance(error, ResumableError):
+        return True
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None

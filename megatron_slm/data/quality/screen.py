@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -62,9 +61,6 @@ class Screen:
             return Screened(text, f"leak:{leaks[0].file}", leaks)
         text, scrubbed = scrub(text) if self.config.scrub_pii else (text, {})
         return Screened(text, key=self._key(text), signature=self._signature(text), scrubbed=scrubbed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_signer": None}
 
     def _length(self, size: int) -> str | None:
         if size < self.config.min_characters:
