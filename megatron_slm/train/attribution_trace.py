@@ -176,7 +176,7 @@ class Trace:
         """Micro-batch; forward before backward; pipeline stages in their order, backwards in the backward pass."""
         micro_batch, direction, index = self._pass
         stage = stage_of(index, self._groups)
-        return PASS, micro_batch, direction, stage, self._sequence
+        return PASS, micro_batch, direction, -stage if direction == BACKWARD else stage, self._sequence
 
     def _look_at_buffers(self, number: int, phase: str, word: str) -> None:
         nearest = self.nearest_the_loss(bad_gradients(self._chunks, number, phase, word))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import re
 import sys
@@ -135,7 +136,7 @@ def hunt(case: Case, data: Path, directory: Path) -> tuple[str, list[str]]:
     """Run the case; returns what the run said, and what of it is not as planned."""
     samples = directory / "samples.json"
     try:
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(io.StringIO()):
             runs.train(
                 directory / "run",
                 data,

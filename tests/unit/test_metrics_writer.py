@@ -228,3 +228,79 @@ def test_progress_tells_the_history_of_the_run(tmp_path: Path, monkeypatch: pyte
         [*job, "Saved checkpoint", "Iteration: 4"],
         [*job, "Ending job", "Exit code: 0"],
     ]
+
+
+def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(directory / "tensorboard"), size_guidance={"scalars": 0})
+    found.Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_a_roll_back_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    log = writer(tmp_path, log_interval=1)
+    for step in range(1, 6):
+        log.after_step(None, result(step))
+        log.dynamics({"step": step, "consumed_samples": step * BATCH, "grad_norm": {"layer_0": float(step)}})
+    log.validation(5.0, tokens=10, step=5, consumed_samples=20)
+
+    class RolledBack:
+        step = 3
+
+    log.rewind(RolledBack())
+    for step in (4, 5):
+        log.after_step(None, result(step, loss=1.0, skipped_samples=8))
+    log.after_run(None, 0)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [(record["step"], record["skipped_samples"]) for record in records] == [
+        (1, 0), (2, 0), (3, 0), (4, 8), (5, 8),
+    ]  # fmt: skip
+    assert [record["step"] for record in read_records(tmp_path / "dynamics.jsonl")] == [1, 2, 3]
+    assert read_records(tmp_path / "validation.jsonl") == []
+    assert [step for step, _ in scalars(tmp_path)["lm loss"]] == [1, 2, 3, 4, 5]
+    assert "Rolled back\tIteration: 3" in (tmp_path / "progress.txt").read_text()
+    assert "skipped samples:            8 |" in (tmp_path / "log.txt").read_text()
+
+
+def test_dynamics_become_tags_by_layer_and_null_where_they_are_not_finite(tmp_path: Path) -> None:
+    log = writer(tmp_path)
+    log.dynamics({"step": 2, "consumed_samples": 8, "update_ratio": {"layer_0": 0.5, "layer_1": math.nan}})
+    log.after_run(None, 0)
+    assert read_records(tmp_path / "dynamics.jsonl")[0]["update_ratio"] == {"layer_0": 0.5, "layer_1": None}
+    tags = scalars(tmp_path)
+    assert tags["update-ratio/layer_0"] == [(2, 0.5)] and "update-ratio/layer_1" not in tags
+
+
+def test_a_resumed_log_cuts_later_dynamics(tmp_path: Path) -> None:
+    for start in (0, 1):
+        log = writer(tmp_path, step=start)
+        for step in range(start + 1, 4):
+            log.dynamics({"step": step, "consumed_samples": step, "noise_scale": {"samples": 1.0}})
+        log.after_run(None, 0)
+    assert [record["step"] for record in read_records(tmp_path / "dynamics.jsonl")] == [1, 2, 3]
+
+
+def test_validation_by_source_and_of_averaged_weights(tmp_path: Path) -> None:
+    log = writer(tmp_path)
+    log.validation(5.0, tokens=10, step=2, consumed_samples=8, by_source={"kjv": 4.0, "code": 6.0}, averaged=4.5)
+    log.after_run(None, 0)
+    record = read_records(tmp_path / "validation.jsonl")[0]
+    assert record["lm_loss_by_source"] == {"kjv": 4.0, "code": 6.0} and record["lm_loss_ema"] == 4.5
+    tags = scalars(tmp_path)
+    assert tags["lm loss validation/kjv"][0] == (2, 4.0) and tags["lm loss validation ema"][0] == (2, 4.5)
+
+
+def test_what_the_loss_logs_beside_is_recorded(tmp_path: Path) -> None:
+    log = writer(tmp_path, log_interval=1)
+    log.after_step(None, result(1, extra={"objective": 7.0, "z loss": math.inf}))
+    log.after_run(None, 0)
+    record = read_records(tmp_path / "metrics.jsonl")[0]
+    assert (record["objective"], record["z_loss"], record["batch_size"]) == (7.0, None, BATCH)
+    assert scalars(tmp_path)["objective"] == [(1, 7.0)]
+
+
+def test_a_warning_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = writer(tmp_path)
+    log.warn("iter_0000002 is damaged")
+    log.after_run(None, 0)
+    assert "warning: iter_0000002 is damaged" in capsys.readouterr().out
+    assert "Warning\titer_0000002 is damaged" in (tmp_path / "progress.txt").read_text()
