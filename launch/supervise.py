@@ -14,7 +14,7 @@ from typing import Literal
 from megatron_slm.launch import report
 from megatron_slm.launch.signals import STOP_SIGNALS
 
-EXIT_STOPPED = 75
+EXIT_REFUSED, EXIT_STOPPED = 2, 75
 
 POLL_S = 0.02
 # After a first failure, how long the others may tell theirs: the true cause is not always the first to arrive.
@@ -186,7 +186,9 @@ def supervise(ranks: Sequence[RankProcess], stop: StopSignals) -> int:
         time.sleep(POLL_S)
     # Judged before the others are ended: what they say while they die is no cause.
     failures = [failure for rank in ranks if (failure := rank.failure()) is not None]
-    end(ranks, grace_s=GRACE_S)
+    # Beside a refusal the others have nothing to save, and would print torch's stack where they wait for each other.
+    refused = any(failure.kind == "refused" and failure.code == EXIT_REFUSED for failure in failures)
+    end(ranks, grace_s=0.0 if refused else GRACE_S)
     return _verdict(ranks, failures, stop)
 
 
