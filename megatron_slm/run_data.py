@@ -101,7 +101,7 @@ def open_replay(config: RunConfig, tokenizer: Tokenizer, *, verify: bool) -> Rep
     """
     named = f"data.replay_run={config.data.replay_run}"
     try:
-        found = recovery.find(Path(str(config.data.replay_run)))
+        found = recovery.find(Path(str(config.data.replay_run)), hashes=False)  # its weights are not read
         cursor = Cursor.from_dict(found.state.cursor)
         earlier = load(found.path / "config.yaml", ["train.eval_iters=0", "train.eval_interval=null"]).config
         data = open_data(earlier, verify=verify)

@@ -65,6 +65,7 @@ def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None, shar
     Args:
         owed: for each source, by how many samples it is behind its share at the start; default 0. Then the first
             periods differ from those that repeat.
+        sharers: the m of the bound, if larger than the number of parts: the sources that what is owed comes from.
     """
     assert min(parts) > 0, f"a source without a share has no turn: {parts}"
     state = owed or (Fraction(0),) * len(parts)

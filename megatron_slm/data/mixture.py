@@ -2,9 +2,10 @@
 
 A position counts the samples of the whole run. Every source has its own order and its own epoch; the mixture has none.
 The shares hold in phases. In each, ``interleave.py`` lays out whose turn it is, so that at every prefix of the run each
-source is within one sample of what its shares amount to; a new phase begins with what each source is owed from the
-phases before it. (A source whose share ends keeps what it had too much or too little.) All of it follows from the
-phases alone, so the sample at any position is found in O(1), whatever was read before.
+source is within one sample of what its shares amount to. A phase begins with what each source is owed from before it
+and makes up for it at once; where a source that was owed loses most of its share, or all, the distance may pass one
+sample by a fraction (``tests/bench/mixture.py`` measures it), because nobody could know of the change before. All of it
+follows from the phases alone, so the sample at any position is found in O(1), whatever was read before.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from megatron_slm.config.load import load
@@ -14,6 +15,7 @@ from megatron_slm.data.resume import check_resume
 from megatron_slm.errors import CheckpointError
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train import checkpoint, recovery
+from megatron_slm.train.optimizer_state import inner_optimizers
 from megatron_slm.train.step import TrainState
 
 
@@ -78,17 +80,37 @@ def restore(
 
 
 def roll_back(state: TrainState, checkpoints: Path, identity: str, *, layout: dict[str, int]) -> str | None:
-    """Load the newest whole checkpoint of a running run. Collective.
+    """Load the newest whole checkpoint of a running run whose values are finite. Collective.
 
     Returns:
         Where it was read from and what was wrong with newer ones; None where there is none.
     """
-    found = recovery.newest_whole(checkpoints, identity=identity) if dist.get_rank() == 0 else None
-    chosen = _of_first_rank(Origin(found.path, warning=found.warning) if found else Origin())
-    if chosen.path is None:
-        return None
-    _resume(state, chosen.path, layout)
-    return str(chosen.path) if chosen.warning is None else f"{chosen.path} ({chosen.warning})"
+    passed_over: list[str] = []
+    before: int | None = None
+    while True:
+        found = recovery.newest_whole(checkpoints, identity=identity, before=before) if dist.get_rank() == 0 else None
+        chosen = _of_first_rank(Origin(found.path, warning=found.warning) if found else Origin())
+        if chosen.path is None:
+            return None
+        _resume(state, chosen.path, layout)
+        if chosen.warning is not None:
+            passed_over.append(chosen.warning)
+        if _is_finite(state):
+            return str(chosen.path) + (f" ({' '.join(passed_over)})" if passed_over else "")
+        # Saved between the update that spoiled the weights and the step that showed it.
+        passed_over.append(f"{chosen.path.name} holds values that are not finite.")
+        before = state.step
+
+
+def _is_finite(state: TrainState) -> bool:
+    """Whether weights and optimizer of every rank are finite. Collective."""
+    tensors = [parameter.data for chunk in state.chunks for parameter in chunk.parameters()]
+    for inner in inner_optimizers(state.optimizer):
+        tensors += [value for values in inner.optimizer.state.values() for value in values.values()]
+    bad = torch.tensor([not bool(torch.isfinite(tensor).all()) for tensor in tensors], device=tensors[0].device)
+    flag = bad.any().to(torch.int32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return not bool(flag)
 
 
 def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:

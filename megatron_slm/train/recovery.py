@@ -19,13 +19,17 @@ class Recovered(NamedTuple):
     warning: str | None
 
 
-def newest_whole(checkpoints_dir: Path, *, identity: str | None) -> Recovered | None:
+def newest_whole(
+    checkpoints_dir: Path, *, identity: str | None, before: int | None = None, hashes: bool = True
+) -> Recovered | None:
     """The checkpoint that the tracker names, or the newest before it that is what was saved. Changes nothing.
 
     Where the tracker is missing, damaged, or names a checkpoint that is not there, the newest of all are tried.
 
     Args:
         identity: of the run; None where it is not known.
+        hashes: read every byte; without it only presence and sizes are compared.
+        before: only checkpoints of earlier steps than this.
 
     Returns:
         None where nothing has been published.
@@ -37,6 +41,9 @@ def newest_whole(checkpoints_dir: Path, *, identity: str | None) -> Recovered | 
     wrong: list[str] = []
     try:
         named = publish.tracked_step(checkpoints_dir)
+        if before is not None:
+            there = {step: path for step, path in there.items() if step < before}
+            named = max(there, default=None)
         if named is None and there:
             wrong.append(f"{publish.TRACKER} is missing")
         elif named is not None and named not in there:
@@ -48,7 +55,7 @@ def newest_whole(checkpoints_dir: Path, *, identity: str | None) -> Recovered | 
         return None
     start = named if named in there and named is not None else max(there, default=0)
     for step in sorted((step for step in there if step <= start), reverse=True):
-        problem, state = _examined(there[step], step, identity)
+        problem, state = _examined(there[step], step, identity, hashes)
         if state is not None:
             lost = max(start, named or 0) - step
             return Recovered(there[step], state, _warning(wrong, there[step], lost) if wrong else None)
@@ -64,7 +71,7 @@ def newest_whole(checkpoints_dir: Path, *, identity: str | None) -> Recovered | 
     )
 
 
-def find(path: Path) -> Recovered:
+def find(path: Path, *, hashes: bool = True) -> Recovered:
     """The checkpoint that ``path`` means, verified: an iter_NNNNNNN directory, a checkpoints or a run's directory.
 
     One that is named itself must be whole; of a run the newest that is whole is taken.
@@ -73,17 +80,17 @@ def find(path: Path) -> Recovered:
         CheckpointError: there is none, or what is named is damaged.
     """
     if (path / STATE_FILE).exists() or (path / manifest.MANIFEST).exists():
-        manifest.verify(path)
+        manifest.verify(path, hashes=hashes)
         return Recovered(path, read_state(path), None)
     for directory, run in ((path / "checkpoints", path), (path, path.parent)):
-        if found := newest_whole(directory, identity=stored_identity(run)):
+        if found := newest_whole(directory, identity=stored_identity(run), hashes=hashes):
             return found
     raise CheckpointError(f"{path} holds no checkpoint: name a run's directory or one of its iter_NNNNNNN directories")
 
 
-def _examined(path: Path, step: int, identity: str | None) -> tuple[str, SavedState | None]:
+def _examined(path: Path, step: int, identity: str | None, hashes: bool) -> tuple[str, SavedState | None]:
     """What is wrong with a checkpoint in one line, or its state."""
-    if found := manifest.problems(path, identity=identity):
+    if found := manifest.problems(path, identity=identity, hashes=hashes):
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return found[0] + more, None
     try:

@@ -1,8 +1,9 @@
 """Which checkpoints of a run stay. No torch.
 
 Those of the newest ``keep_last`` saves, and those of steps that are a multiple of ``save_retain_interval``. The newest
-one always stays, and is read back from the disk and compared with its manifest before any other is removed. Those of
-later steps than the newest save (a run that has gone back leaves them) are neither counted nor removed.
+one always stays: it has just been hashed file by file and is on the disk, and every file must be there in its size
+before an earlier one is removed. Those of later steps than the newest save (a run that has gone back leaves them) are
+neither counted nor removed.
 """
 
 from __future__ import annotations
@@ -46,6 +47,6 @@ class Retention:
         there = publish.published(checkpoints_dir)
         kept = self.reasons(there, newest)
         superfluous = [path for step, path in there.items() if step not in kept]
-        if superfluous and newest in there and not manifest.problems(there[newest]):
+        if superfluous and newest in there and not manifest.problems(there[newest], hashes=False):
             for path in superfluous:
                 publish.remove(path)

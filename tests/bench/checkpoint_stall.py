@@ -32,7 +32,7 @@ from tests.bench.corpus import prepare_corpus  # noqa: E402
 VOCAB, STEPS_PER_BLOCK = 4096, 4
 MODES = ("normal", "sync", "async")
 OVERRIDES = (
-    "name=stall", "model.num_layers=5", "model.hidden_size=320", "model.num_attention_heads=5",
+    "name=stall", "model.num_layers=3", "model.hidden_size=320", "model.num_attention_heads=5",
     "model.num_query_groups=5", "model.ffn_hidden_size=800", "model.seq_length=256", "train.global_batch_size=8",
     "train.eval_iters=0", "train.train_iters=1000000", "parallel.device=cpu", "checkpoint.keep_last=1",
     "log.progress_bar=false", "log.tensorboard=false",

@@ -7,9 +7,12 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,16 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 
 
+def kill_at(event: str, path: str) -> None:
+    """Let the rank that touches such a path be killed at that moment, by SIGKILL as kill -9 does."""
+
+    def watch(seen: str, arguments: tuple[object, ...]) -> None:
+        if seen == event and any(path in str(argument) for argument in arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
 def files(checkpoint: Path) -> dict[str, bytes]:
     """All that should not depend on how it was saved; the configuration says how."""
     own = ("config.yaml", "manifest.json")
@@ -82,6 +95,30 @@ def test_a_disk_that_takes_no_more_stops_the_run_and_costs_nothing(tmp_path: Pat
     assert failure.value.code == 2 and "Traceback" not in str(failure.value)
     assert [path.name for path in (run / "checkpoints").iterdir() if path.is_dir()] == ["iter_0000002"]
     manifest.verify(runs.checkpoint_path(run, 2))
+    assert runs.train(run, data, 2, *options) == 0
+    assert runs.losses(run) == runs.losses(straight)
+    assert files(runs.checkpoint_path(run, 6)) == files(runs.checkpoint_path(straight, 6))
+
+
+KILLS = {
+    "rank 0 before it moves the checkpoint into its place": ("os.rename", "checkpoints/iter_0000004"),
+    "rank 0 before the tracker": ("os.rename", "checkpoints/latest_checkpointed"),
+    "a rank that writes its part": ("open", "__1_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_kill_9_in_a_save_in_the_background(tmp_path: Path, data: Path, straight: Path, moment: str) -> None:
+    """What is there afterwards is whole, and the restarted run is the run that nobody killed."""
+    run = tmp_path / "run"
+    options = ("train.train_iters=6", "checkpoint.save_interval=2", ASYNC, *DP2)
+    assert runs.train(run, data, 2, *options, "train.exit_interval=2") == 75
+    with pytest.raises(RankFailure, match="killed by SIGKILL|signal 9"):
+        runs.train(run, data, 2, *options, plant=partial(kill_at, *KILLS[moment]))
+    there = publish.published(run / "checkpoints")
+    assert 2 in there
+    for checkpoint in there.values():
+        manifest.verify(checkpoint)
     assert runs.train(run, data, 2, *options) == 0
     assert runs.losses(run) == runs.losses(straight)
     assert files(runs.checkpoint_path(run, 6)) == files(runs.checkpoint_path(straight, 6))

@@ -54,6 +54,25 @@ def infinite_mask(batch: dict[str, Any]) -> None:
     batch["loss_mask"][0, 0] = float("inf")
 
 
+def spoil_weights_before_a_save() -> None:
+    """A weight of every rank turns NaN after step 10, just before that step's checkpoint is taken; only once."""
+    from megatron_slm import run
+    from megatron_slm.train.hook import Hook
+
+    class Once(Hook):
+        struck = False
+
+        def after_step(self, state: Any, result: Any) -> None:
+            if result.step == 10 and not self.struck:
+                self.struck = True
+                masters = state.optimizer.param_groups[0]["params"]
+                for tensor in (*masters, *state.chunks[0].parameters()):
+                    tensor.data.view(-1)[:1] = float("nan")
+
+    build = run.build_hooks
+    run.build_hooks = lambda *rest, **options: [Once(), *build(*rest, **options)]
+
+
 spike = partial(spoil, unlikely_labels, FIRST_BAD_SAMPLE, FIRST_BAD_SAMPLE)
 non_finite = partial(spoil, infinite_mask, FIRST_BAD_SAMPLE, FIRST_BAD_SAMPLE)
 endless = partial(spoil, infinite_mask, FIRST_BAD_SAMPLE, 10**9)
@@ -95,6 +114,18 @@ def test_a_roll_back_goes_to_the_checkpoint_and_passes_over_the_batch(tmp_path: 
     # The run that knew beforehand: resumed from step 10 with the same samples passed over, it has the same losses.
     assert runs.train(run, data, 2, *WATCHED, *rollback, "train.train_iters=18") == 0
     assert runs.records(run)[-1]["skipped_samples"] == 16
+
+
+def test_a_roll_back_passes_over_a_checkpoint_that_is_not_finite(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    rollback = ("train.non_finite_policy=rollback", "train.max_interventions=1")
+    assert runs.train(run, data, 2, *WATCHED, *rollback, plant=spoil_weights_before_a_save) == 0
+    log = (run / "log.txt").read_text()
+    assert "It is in the weights that step 11 began with" in log
+    assert "iter_0000005" in log and "iter_0000010 holds values that are not finite" in log
+    records = runs.records(run)
+    assert [record["step"] for record in records] == list(range(1, 17))
+    assert records[5]["skipped_samples"] == 11 * 8 - 5 * 8
 
 
 def test_interventions_end(tmp_path: Path, data: Path) -> None:

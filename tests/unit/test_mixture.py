@@ -82,10 +82,11 @@ def test_shares_hold_within_one_sample_at_every_prefix_and_over_changes(sources:
     names = [f"s{number}" for number in range(sources)]
     for _ in range(8):
         phases, start = [], 0
+        weights = state.lognormal(4, 1, sources)
         for _ in range(5):
-            weights = state.exponential(30, sources).astype(int) + 1
-            phases.append(Phase.of(start, {name: Fraction(int(weights[at])) for at, name in enumerate(names)}))
+            phases.append(Phase.of(start, {name: Fraction(int(weights[at]) + 1) for at, name in enumerate(names)}))
             start += int(state.integers(1, 400))
+            weights *= state.uniform(0.5, 2, sources)
         order = MixtureOrder(tuple(source(name, 100) for name in names), tuple(phases))
         assert worst_share_error(order, start + 500) < 1
 

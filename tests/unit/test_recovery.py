@@ -160,7 +160,7 @@ def test_by_default_all_stay(tmp_path: Path) -> None:
 
 def test_nothing_goes_while_the_newest_is_not_whole(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    flip(save(tmp_path, 20) / "__0_0.distcp")
+    (save(tmp_path, 20) / "__0_0.distcp").unlink()
     Retention(keep_last=1).apply(tmp_path, 20)
     assert steps(tmp_path) == [10, 20]
 
