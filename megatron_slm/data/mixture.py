@@ -20,6 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from megatron_slm.config.mixture_text import REPLAY
 from megatron_slm.data.interleave import Turns, reduced, turns
 from megatron_slm.data.order import SampleOrder
 
@@ -81,9 +82,10 @@ class Phase:
 
     @property
     def weights_text(self) -> str:
-        """``code=0.3 kjv=0.7``, to be typed: as decimals where they are exact, else as parts."""
+        """``code=0.3 kjv=0.7``, to be typed: as decimals where they are exact, else as parts. Replay has no weight."""
         exact = all(Fraction(text) == self.shares[name] for name, text in self.share_texts.items())
-        return " ".join(f"{name}={self.share_texts[name] if exact else part}" for name, part in self.parts)
+        typed = {name: self.share_texts[name] if exact else str(part) for name, part in self.parts}
+        return " ".join(f"{name}={number}" for name, number in typed.items() if name != REPLAY)
 
     @property
     def entry(self) -> str:

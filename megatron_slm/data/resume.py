@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
+from megatron_slm.config.mixture_text import REPLAY
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.errors import CheckpointError
@@ -115,6 +117,14 @@ def _refuse_changed_past(consumed: int, before: list[Phase], after: list[Phase])
     old, new = ([phase for phase in phases if phase.start < consumed] for phases in (before, after))
     if old == new:
         return
+    replayed = [{phase.shares.get(REPLAY, Fraction(0)) for phase in phases} for phases in (old, new)]
+    if replayed[0] != replayed[1]:
+        told, now = (" or ".join(f"{float(share):.4g}" for share in sorted(shares)) for shares in replayed)
+        raise CheckpointError(
+            f"data.replay_run and data.replay_share: the share of replayed samples was {told} in the checkpoint and is "
+            f"{now} now, but it is the same all through a run. Set both back, or start a new run from these weights "
+            "with checkpoint.pretrained_checkpoint."
+        )
     differs = next((pair for pair in zip(old, new, strict=False) if pair[0] != pair[1]), None)
     where = "data.weights or data.temperature" if differs is not None and differs[0].start == 0 else "data.phases"
     told = "; ".join(f"{phase.shares_text} from sample {phase.start} on" for phase in old)

@@ -79,6 +79,8 @@ class MetricsWriter(Hook):
         record = step_record(
             result, seq_length=self._seq_length, throughput=self._throughput, memory_bytes=memory.peak_bytes
         )
+        if state is not None and len(state.cursor.order.sources) > 1:
+            record["consumed_by_source"] = state.cursor.consumed_by_source
         _write(self._metrics, record)
         self._since_line.append(result)
         self._console.advance(loss=result.loss, tokens_per_second=record["tokens_per_second"])

@@ -157,6 +157,24 @@ def test_a_changed_past_is_refused_with_the_way_to_do_it_now(
     assert check_resume(stored(saved), Cursor.start(followed, "hash")).changes
 
 
+def test_replayed_samples_have_no_weight_to_be_typed_and_one_share_all_through() -> None:
+    def replaying(share: str, **weights: str) -> Cursor:
+        rest = 1 - Fraction(share)
+        shares = {name: str(Fraction(weight) * rest) for name, weight in weights.items()}
+        replay = Source("replay", SampleOrder(50, 1234, "digest of replay", 128))
+        order = MixtureOrder((source("kjv"), source("code"), replay), (phase(0, **shares, replay=share),))
+        return Cursor.start(order, "hash")
+
+    saved = stored(replaying("0.1", **FIRST).advance(100))
+    with pytest.raises(CheckpointError, match=r"data\.weights: code=0\.27 kjv=0\.63, .*'100: code=0\.45 kjv=0\.45'"):
+        check_resume(saved, replaying("0.1", kjv="0.5", code="0.5"))
+    for now, value in ((replaying("0.2", **FIRST), "0.2"), (cursor(phase(0, **FIRST)), "0")):
+        with pytest.raises(CheckpointError, match=rf"was 0\.1 in the checkpoint and is {value} now|source replay"):
+            check_resume(saved, now)
+    with pytest.raises(CheckpointError, match="was 0 in the checkpoint and is 0.1 now"):
+        check_resume(SAVED, replaying("0.1", **FIRST))
+
+
 def test_a_source_may_be_added_for_samples_to_come() -> None:
     now = cursor(phase(0, **FIRST), phase(9500, kjv="0.5", code="0.1", web="0.4"), sources=("web", "kjv", "code"))
     resumed = check_resume(SAVED, now)
