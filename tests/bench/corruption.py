@@ -92,12 +92,13 @@ def notices_checkpoint(run: Path) -> bool:
     return found is not None and found.state.step == BEFORE and f"iter_{LAST:07d}" in str(found.warning)
 
 
-def notices_corpus(corpus: Path, other: Path) -> bool:
-    """Whether opening the split refuses it. Another corpus, whole, has another digest, which a run's identity holds."""
+def notices_corpus(split: Path) -> bool:
+    """Whether opening the split refuses it."""
     try:
-        return open_corpus(corpus / "train", verify=True).digest == open_corpus(other / "train", verify=False).digest
+        open_corpus(split, verify=True)
     except DataError:
         return True
+    return False
 
 
 def cases(files: list[str], count: int) -> list[tuple[str, str]]:
@@ -117,8 +118,8 @@ def main() -> None:
         for name in ("first", "second"):
             (directory / name).mkdir()
         corpora = (
-            prepare_corpus(directory / "first", VOCAB, max_characters=200_000),
-            prepare_corpus(directory / "second", VOCAB, max_characters=250_000),
+            prepare_corpus(directory / "first", VOCAB, max_characters=1_000_000),
+            prepare_corpus(directory / "second", VOCAB, max_characters=1_200_000),
         )
         run, other = train_two(directory, corpora)
         for number, (kind, name) in enumerate(checkpoint_cases(run)):
@@ -129,8 +130,8 @@ def main() -> None:
             shutil.rmtree(copy)
         for kind, name in cases(corpus_files(corpora[0]), SHARD_CASES):
             copy = Path(shutil.copytree(corpora[0], directory / "corpus"))
-            KINDS[kind](copy / "train" / name, corpora[1] / "train" / name, where)
-            results.setdefault(f"corpus, {kind}", []).append(notices_corpus(copy, corpora[0]))
+            KINDS[kind](copy / name, corpora[1] / name, where)
+            results.setdefault(f"corpus, {kind}", []).append(notices_corpus((copy / name).parent))
             shutil.rmtree(copy)
         results["whole start"] = [resumes_before(run, corpora[0], where), refuses_shard(other, corpora[1], where)]
     finally:
@@ -146,8 +147,9 @@ def checkpoint_cases(run: Path) -> list[tuple[str, str]]:
 
 
 def corpus_files(corpus: Path) -> list[str]:
-    """Shards of the training split, and their index."""
-    return [*sorted(path.name for path in (corpus / "train").glob("*.arrow"))[:2], "index.json"]
+    """A shard of each split, and the training split's index."""
+    shards = [next((corpus / split).glob("*.arrow")) for split in ("train", "valid")]
+    return [*(str(shard.relative_to(corpus)) for shard in shards), "train/index.json"]
 
 
 def resumes_before(run: Path, corpus: Path, where: random.Random) -> bool:
@@ -160,7 +162,7 @@ def resumes_before(run: Path, corpus: Path, where: random.Random) -> bool:
 
 def refuses_shard(run: Path, corpus: Path, where: random.Random) -> bool:
     """A start over a flipped bit in a shard ends with exit code 2 and no traceback."""
-    flip(corpus / "train" / corpus_files(corpus)[0], run, where)
+    flip(corpus / corpus_files(corpus)[0], run, where)
     try:
         runs.train(run, corpus, 1, *OPTIONS, *OTHER, "train.train_iters=6")
     except RankFailure as failure:

@@ -197,7 +197,7 @@ def main() -> None:
     moments, victims = random.Random(1234), []
     try:
         preload("cpu")
-        corpus = prepare_corpus(directory, VOCAB, max_characters=300_000)
+        corpus = prepare_corpus(directory, VOCAB, max_characters=1_000_000)
         import megatron_slm.run  # noqa: F401  (once here instead of once in every rank)
 
         reference = Victim(directory / "undisturbed", background=False)
