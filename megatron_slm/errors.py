@@ -21,6 +21,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class LogError(UserError):
+    """The run's directory cannot be written any more; what was saved stays."""
+
+
 class NonFiniteError(UserError):
     """Training has produced NaN or infinity; the run ends before anything of it is applied."""
 

@@ -43,4 +43,6 @@ class DataConfig:
 class TokenizerConfig:
     """The vocabulary. Its hash is frozen into the corpus and the checkpoint and compared on every load."""
 
-    tokenizer_model: str | None = option(None, "sentencepiece model or tokenizer.json; default the one inside data.data_path")
+    tokenizer_model: str | None = option(
+        None, "sentencepiece model or tokenizer.json; default the one inside data.data_path"
+    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
+from megatron_slm.errors import LogError
 from megatron_slm.train.config import LogConfig
 from megatron_slm.train.console import (
     Console,
@@ -23,6 +26,38 @@ from megatron_slm.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from megatron_slm.train.tensorboard_events import TensorBoardScalars
+
+P = ParamSpec("P")
+
+
+@contextmanager
+def _stop_when_full(directory: Path) -> Iterator[None]:
+    """A run that can no longer say what it does stops; its checkpoints stay as they are.
+
+    Raises:
+        LogError: the disk is full, or the directory has gone or become read-only.
+    """
+    try:
+        yield
+    except BrokenPipeError:  # standard output, not a file of ours
+        raise
+    except OSError as error:
+        raise LogError(
+            f"{directory} cannot be written any more ({error.strerror or error}); the run stops here. Its published "
+            "checkpoints are as they were: make room, and start the same command again."
+        ) from error
+
+
+def _on_disk(method: Callable[P, None]) -> Callable[P, None]:
+    """A method of the writer whose failures to write are one sentence."""
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        writer: Any = args[0]
+        with _stop_when_full(writer._run.path):
+            method(*args, **kwargs)
+
+    return guarded
 
 
 class MetricsWriter(Hook):
@@ -60,6 +95,7 @@ class MetricsWriter(Hook):
         self._console = Console(self._run.log, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
         self._since_line: list[StepResult] = []
 
+    @_on_disk
     def say(self, line: str) -> None:
         """Print a line of the run and keep it in ``log.txt``."""
         self._console.say(line)
@@ -69,10 +105,12 @@ class MetricsWriter(Hook):
         self.say(f"warning: {line}")
         self._progress(f"Warning\t{line}")
 
+    @_on_disk
     def before_run(self, state: Any) -> None:
         """Note the start in ``progress.txt``."""
         self._progress(f"Starting job\tIteration: {self._step}")
 
+    @_on_disk
     def after_step(self, state: Any, result: StepResult) -> None:
         """Record the step; at the interval and at the target also print Megatron's line and write TensorBoard."""
         memory = self._memory()
@@ -87,6 +125,7 @@ class MetricsWriter(Hook):
         if result.step % self._interval == 0 or result.step == self._train_iters:
             self._line(memory)
 
+    @_on_disk
     def validation(
         self,
         loss: float,
@@ -128,6 +167,7 @@ class MetricsWriter(Hook):
             scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss), **parts}
             self._tensorboard.write(scalars, step=step, consumed_samples=consumed_samples)
 
+    @_on_disk
     def dynamics(self, record: dict[str, Any]) -> None:
         """Keep one measurement of the training dynamics in ``dynamics.jsonl`` and TensorBoard.
 
@@ -144,6 +184,7 @@ class MetricsWriter(Hook):
         if self._tensorboard is not None:
             self._tensorboard.write(_tags(record), step=record["step"], consumed_samples=record["consumed_samples"])
 
+    @_on_disk
     def rewind(self, state: Any) -> None:
         """Cut what was recorded after the checkpoint that the run went back to."""
         self._step = state.step
@@ -157,11 +198,13 @@ class MetricsWriter(Hook):
             self._tensorboard = _open_tensorboard(self._run.tensorboard, state.step)
         self._progress(f"Rolled back\tIteration: {state.step}")
 
+    @_on_disk
     def after_save(self, state: Any, checkpoint: Path) -> None:
         """Note the checkpoint in ``progress.txt``, and print where it is."""
         self.say(f"saved {checkpoint}")
         self._progress(f"Saved checkpoint\tIteration: {int(checkpoint.name.removeprefix('iter_'))}")
 
+    @_on_disk
     def after_run(self, state: Any, code: int) -> None:
         """Print what is left, note the end and close every file."""
         if self._since_line:

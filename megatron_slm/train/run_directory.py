@@ -79,7 +79,8 @@ def prepare(
     """Make the directory of a run, or find it again. To be called by one rank, before any other writes there.
 
     A resume may change layout, batch sizes, optimizer, schedule and length; precision counts as part of the identity.
-    What it replaces (``config.yaml``, ``provenance.json``, ``environment.json``, ``data.json``) is kept as ``config.yaml.1``, ... .
+    What it replaces (``config.yaml``, ``provenance.json``, ``environment.json``, ``data.json``) is kept as
+    ``config.yaml.1``, ... .
 
     Args:
         resolved: gives ``log.runs_dir`` and ``name``, ``config.yaml`` and ``provenance.json``.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_slm.errors import LogError
 from megatron_slm.train.config import LogConfig
 from megatron_slm.train.console import iteration_line, validation_lines
 from megatron_slm.train.hook import StepResult, StepTimes
@@ -304,3 +305,14 @@ def test_a_warning_is_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     log.after_run(None, 0)
     assert "warning: iter_0000002 is damaged" in capsys.readouterr().out
     assert "Warning\titer_0000002 is damaged" in (tmp_path / "progress.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "progress.txt"])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to("/dev/full")
+    with pytest.raises(LogError, match=r"run cannot be written any more \(No space left on device\)"):
+        log = writer(run, log_interval=1)
+        log.before_run(None)
+        log.after_step(None, result(1))
