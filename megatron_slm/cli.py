@@ -30,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
     if not tokens or tokens[0] in ("-h", "--help"):
-        print(_help())
+        print(_help(VERBS))
         return EXIT_OK if tokens else EXIT_REFUSED
+    if (group := _group(tokens[0])) and tokens[1:] in (["-h"], ["--help"]):
+        print(_help(group, tokens[0]))
+        return EXIT_OK
     if tokens[0] == "--version":
         print(_version())
         return EXIT_OK
@@ -58,19 +61,26 @@ def _verb(tokens: Sequence[str]) -> str:
     for name in (" ".join(tokens[:2]), tokens[0]):
         if name in VERBS:
             return name
-    typed = " ".join(tokens[:2]) if any(known.startswith(f"{tokens[0]} ") for known in VERBS) else tokens[0]
+    typed = " ".join(tokens[:2]) if _group(tokens[0]) else tokens[0]
     nearest = difflib.get_close_matches(typed, list(VERBS), n=1)
     way_out = f"did you mean {nearest[0]}?" if nearest else f"the verbs are {', '.join(VERBS)}."
     raise ConfigError(f"{typed} is no verb; {way_out}")
 
 
-def _help() -> str:
-    """``mslm --help``."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+def _group(word: str) -> Mapping[str, Verb]:
+    """The verbs of two words that begin with ``word``."""
+    return {name: verb for name, verb in VERBS.items() if name.startswith(f"{word} ")}
+
+
+def _help(verbs: Mapping[str, Verb], group: str = "") -> str:
+    """``mslm --help``, or ``mslm GROUP --help``."""
+    width = max(map(len, verbs))
+    lines = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in verbs.items())
+    if group:
+        return f"usage: mslm {group} VERB ...   (mslm {group} VERB --help)\n\n{lines}"
     return (
         "usage: mslm VERB ...   (mslm VERB --help, mslm --version)\n\n"
-        f"{verbs}\n\nexample:\n  mslm check --preset tiny --tensor-model-parallel-size 2 --skip-files"
+        f"{lines}\n\nexample:\n  mslm check --preset tiny --tensor-model-parallel-size 2 --skip-files"
     )
 
 

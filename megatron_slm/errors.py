@@ -24,6 +24,14 @@ class CheckpointError(UserError):
 class LogError(UserError):
     """The run's directory cannot be written any more; what was saved stays."""
 
+    exit_code = 1
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it stay."""
+
+    exit_code = 1
+
 
 class NonFiniteError(UserError):
     """Training has produced NaN or infinity; the run ends before anything of it is applied."""

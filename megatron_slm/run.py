@@ -130,10 +130,11 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         own_directory(resolved, data, environment, device, fresh=fresh)
         if environment.rank == 0
         else nullcontext() as accepted,
-        StopRequest() as stop,
         process_groups(
             config.parallel, device=device, rank=environment.rank, world_size=environment.world_size, master=master
         ) as groups,
+        # Not before: a rank that still waits for the others has nothing to finish, and would not hear a signal.
+        StopRequest() as stop,
     ):
         state, spec_reason = build_state(config, data, groups, bound, vocab_size)
         warning, origin = restore(state, config, accepted, layout=layout_record(layout))

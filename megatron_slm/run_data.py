@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import CheckpointError, DataError
 from megatron_slm.train import recovery
 from megatron_slm.train.origin import shape
+from megatron_slm.train.run_directory import RunDirectory
 
 GOVERNED_BY_CURSOR = (
     "data_path", "sources", "weights", "temperature", "phases", "loss_aware_strength", "replay_run", "replay_share",
+    "length_schedule",
 )  # fmt: skip
-"""Keys that say which samples come when. They are compared by what they amount to (``data/resume.py``), and may change
-for samples to come; paths are no identity at all."""
+"""Keys that say which samples come when, and how long their windows are. They are compared by what they amount to for
+the samples already read (``data/resume.py``), and may change for samples to come; paths are no identity at all."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def open_replay(config: RunConfig, tokenizer: Tokenizer, *, verify: bool) -> Rep
         found = recovery.find(Path(str(config.data.replay_run)), hashes=False)  # its weights are not read
         cursor = Cursor.from_dict(found.state.cursor)
         earlier = load(found.path / "config.yaml", ["train.eval_iters=0", "train.eval_interval=null"]).config
-        data = open_data(earlier, verify=verify)
+        data = open_data(_where_it_read(earlier, found.path), verify=verify)
         cursor = check_resume(cursor, Cursor.start(data.order, data.tokenizer.hash)).cursor
     except (CheckpointError, DataError) as error:
         raise DataError(f"{named} cannot be replayed: {error}") from error
@@ -121,15 +124,49 @@ def open_replay(config: RunConfig, tokenizer: Tokenizer, *, verify: bool) -> Rep
     return replayed
 
 
+def _where_it_read(config: RunConfig, checkpoint: Path) -> RunConfig:
+    """The configuration of a checkpoint with the directories that its run has noted, where they are still there.
+
+    Paths of a configuration may be relative to another directory than the present one.
+    """
+    try:
+        noted = json.loads((checkpoint.parent.parent / "data.json").read_text(encoding="utf-8"))["sources"]
+        known = {name: Path(one["directory"]) for name, one in noted.items() if "directory" in one}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return config
+    paths = {
+        name: known[name] if name in known and known[name].is_dir() else path
+        for name, path in source_paths(config).items()
+    }
+    if not config.data.sources:
+        return replace(config, data=replace(config.data, data_path=str(next(iter(paths.values())))))
+    return replace(config, data=replace(config.data, sources=tuple(f"{name}={path}" for name, path in paths.items())))
+
+
+def saved_cursor(config: RunConfig, data: Data) -> Cursor | None:
+    """Where the newest checkpoint of the run stands, with the shares it has decided itself; None where there is none.
+
+    Raises:
+        CheckpointError: the run's directory holds a run over other samples than those of ``config``.
+    """
+    checkpoints = RunDirectory(Path(config.log.runs_dir) / str(config.name)).checkpoints
+    found = recovery.newest_whole(checkpoints, identity=None, hashes=False)  # its weights are not read
+    if found is None:
+        return None
+    return check_resume(Cursor.from_dict(found.state.cursor), Cursor.start(data.order, data.tokenizer.hash)).cursor
+
+
 def data_seed(config: RunConfig) -> int:
     """Seed of the sample order."""
     return config.train.seed if config.data.data_seed is None else config.data.data_seed
 
 
 def identity(config: RunConfig, data: Data) -> dict[str, Any]:
-    """What makes two runs the same run: model, data and seed, derived values filled in."""
+    """What makes two runs the same run: model, options of the data and seed, derived values filled in.
+
+    Which corpora a checkpoint has read is in its cursor, and a resume compares that (``data/resume.py``).
+    """
     options = {key: value for key, value in asdict(config.data).items() if key not in GOVERNED_BY_CURSOR}
-    first = [name for name in data.order.phases[0].shares if name != mixture_text.REPLAY]
     return {
         "model": {
             **asdict(config.model),
@@ -140,8 +177,6 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
         "data": {
             **options,
             "data_seed": data_seed(config),
-            # Of the corpora that the run begins with; what comes later is compared with what was read by then.
-            "dataset_digest": sorted(source.order.digest for source in data.order.sources if source.name in first),
             "tokenizer_hash": data.tokenizer.hash,
         },
         "seed": config.train.seed,

@@ -127,7 +127,9 @@ def checkpoint_hook(
             return partial(checkpoint.write, checkpoint.stage(saved, state, copy=config.async_save), to)
 
     listeners, say = ([log], log.say) if log is not None else ([], lambda line: None)
-    return CheckpointHook(stage, config.save_interval, background=config.async_save, listeners=listeners, say=say)
+    return CheckpointHook(
+        stage, origin.is_finite, config.save_interval, background=config.async_save, listeners=listeners, say=say
+    )
 
 
 def identity_digest(resolved: Resolved, data: Data) -> str:

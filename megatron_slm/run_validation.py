@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_slm.config.run_config import RunConfig
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import ValidLoader
 from megatron_slm.data.shares import after_validation
 from megatron_slm.evaluate.perplexity import HeldOut, held_out
@@ -27,7 +28,7 @@ def evaluation(
     strength = config.data.loss_aware_strength
 
     def evaluate(state: TrainState) -> float:
-        by_source = measure(state)
+        by_source, before = measure(state), state.cursor
         loss = overall(by_source)
         averaged: HeldOut | None = None
         average = state.parts.get("ema")
@@ -35,6 +36,9 @@ def evaluation(
             with average.applied(state):
                 averaged = overall(measure(state))
         losses = {name: found.loss for name, found in by_source.items()}
+        if strength:
+            state.cursor = after_validation(state.cursor, losses, strength)
+        shares = state.cursor.order.phase_at(state.cursor.consumed_samples).shares
         if log is not None:
             log.validation(
                 loss.loss,
@@ -43,12 +47,21 @@ def evaluation(
                 consumed_samples=state.cursor.consumed_samples,
                 by_source=losses if len(losses) > 1 else {},
                 averaged=averaged.loss if averaged else None,
+                shares={name: float(share) for name, share in shares.items()} if strength else None,
             )
-        if strength:
-            state.cursor = after_validation(state.cursor, losses, strength)
+            if strength:
+                log.say(shares_line(before, state.cursor))
         return loss.loss
 
     return evaluate
+
+
+def shares_line(before: Cursor, after: Cursor) -> str:
+    """What a validation has decided about the samples to come."""
+    position = after.consumed_samples
+    old, new = (cursor.order.phase_at(position) for cursor in (before, after))
+    was = "as before" if old.parts == new.parts else f"before: {old.shares_text}"
+    return f"shares from sample {position} on: {new.shares_text} (by held-out loss; {was})"
 
 
 def measurement(config: RunConfig, data: Data, plan: StepPlan) -> Callable[[TrainState], dict[str, HeldOut]]:

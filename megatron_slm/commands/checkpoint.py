@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb, parser_of
+from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb, parser_of, path_of
 from megatron_slm.errors import CheckpointError, ConfigError
 
 
@@ -18,7 +18,7 @@ def checkpoint_list(name: str, tokens: Sequence[str]) -> int:
         "List the checkpoints of a run: step, size, age, whether every file is there, and why each is kept.",
         example="mslm checkpoint list runs/kjv",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or its checkpoints directory")
+    parser.add_argument("run", type=path_of, metavar="RUN", help="directory of a run, or its checkpoints directory")
     own = parser.parse_args(tokens)
     from megatron_slm.train.checkpoint_report import listing
 
@@ -34,7 +34,7 @@ def checkpoint_verify(name: str, tokens: Sequence[str]) -> int:
         "Compare checkpoints with their manifests, every byte. Exit code 2 if any is damaged.",
         example="mslm checkpoint verify runs/kjv",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or iter_NNNNNNN directories")
+    parser.add_argument("paths", nargs="+", type=path_of, metavar="PATH", help="a run, or iter_NNNNNNN directories")
     own = parser.parse_args(tokens)
     from megatron_slm.train.checkpoint_report import verified
 
@@ -53,7 +53,7 @@ def checkpoint_inspect(name: str, tokens: Sequence[str]) -> int:
         "Show what a checkpoint holds: its state, and every tensor with its shape, dtype and bytes.",
         example="mslm checkpoint inspect runs/kjv --tensor decoder.final_layernorm.weight",
     )
-    parser.add_argument("path", type=Path, metavar="ITER", help="a checkpoint, or a run (its newest)")
+    parser.add_argument("path", type=path_of, metavar="ITER", help="a checkpoint, or a run (its newest)")
     parser.add_argument("--tensor", action="append", default=[], metavar="NAME", help="statistics of this tensor")
     own = parser.parse_args(tokens)
     from megatron_slm.train import recovery
@@ -85,9 +85,11 @@ def checkpoint_average(name: str, tokens: Sequence[str]) -> int:
         "generate and for checkpoint.pretrained_checkpoint.",
         example="mslm checkpoint average runs/kjv --last 3 --output kjv-averaged",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run, or iter_NNNNNNN directories")
+    parser.add_argument("paths", nargs="+", type=path_of, metavar="PATH", help="a run, or iter_NNNNNNN directories")
     parser.add_argument("--last", type=int, metavar="K", help="the newest K checkpoints of a run")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write; must not exist")
+    parser.add_argument(
+        "--output", required=True, type=path_of, metavar="DIR", help="directory to write; must not exist"
+    )
     own = parser.parse_args(tokens)
     paths = _to_average(own.paths, own.last)
     from megatron_slm.parallel.device import preload

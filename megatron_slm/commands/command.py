@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_slm.errors import ConfigError
 
@@ -66,6 +70,35 @@ def accepted(tokens: Sequence[str], world_size: int | None) -> Resolved:
     if found := violations_of(resolved, world_size, files=True):
         raise ConfigError("\n".join(found))
     return resolved
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that its workers are ended too; the exit code is a shell's, 143."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        print("mslm: terminated", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def path_of(text: str) -> Path:
+    """The type of an argument that is a path.
+
+    Raises:
+        ConfigError: it is empty, which Python would take for the current directory.
+    """
+    if not text:
+        raise ConfigError(
+            'A path on the command line is empty, as "$NAME" is when NAME is not set. Give it, or . for the current '
+            "directory."
+        )
+    return Path(text)
 
 
 def parser_of(name: str, arguments: str, description: str, *, example: str, notes: str = "") -> argparse.ArgumentParser:

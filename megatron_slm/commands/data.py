@@ -11,8 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, OVERRIDES, Verb, parser_of, resolve
-from megatron_slm.errors import ConfigError
+from megatron_slm.commands.command import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    OVERRIDES,
+    Verb,
+    parser_of,
+    path_of,
+    resolve,
+    stopped_by_sigterm,
+)
+from megatron_slm.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from megatron_slm.config.run_config import RunConfig
@@ -24,22 +33,23 @@ def data_prepare(name: str, tokens: Sequence[str]) -> int:
     own = _prepare_parser(name).parse_args(tokens)
     from megatron_slm.data.prepare import prepare
 
-    result = prepare(
-        own.inputs,
-        own.output,
-        vocab_size=own.vocab_size,
-        tokenizer_model=own.tokenizer_model,
-        tokenizer_type=own.tokenizer_type,
-        eod_token=own.eod_token,
-        split=own.split,
-        seed=own.seed,
-        text_key=own.text_key,
-        text_unit=own.text_unit,
-        pattern=own.pattern,
-        licence=own.licence,
-        quality=_quality(own),
-        workers=own.workers,
-    )
+    with stopped_by_sigterm():
+        result = prepare(
+            own.inputs,
+            own.output,
+            vocab_size=own.vocab_size,
+            tokenizer_model=own.tokenizer_model,
+            tokenizer_type=own.tokenizer_type,
+            eod_token=own.eod_token,
+            split=own.split,
+            seed=own.seed,
+            text_key=own.text_key,
+            text_unit=own.text_unit,
+            pattern=own.pattern,
+            licence=own.licence,
+            quality=_quality(own),
+            workers=own.workers,
+        )
     print(json.dumps(result, indent=2, default=str))
     return EXIT_OK
 
@@ -55,11 +65,11 @@ def _prepare_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "inputs",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="INPUT",
         help=".jsonl or .txt (also .gz, .zst), .parquet, a directory of sources, or PREFIX of Megatron's .bin and .idx",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write")
+    parser.add_argument("--output", required=True, type=path_of, metavar="DIR", help="directory to write")
     cores = len(os.sched_getaffinity(0))
     reading = parser.add_argument_group("reading")
     reading.add_argument(
@@ -80,7 +90,7 @@ def _prepare_parser(name: str) -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab-size", type=int, help="size of a new tokenizer (default: 4096)")
     tokenizer.add_argument("--tokenizer-type", choices=("bpe", "unigram"), help="of a new tokenizer (default: bpe)")
     tokenizer.add_argument(
-        "--tokenizer-model", type=Path, help="sentencepiece model or tokenizer.json to use instead of training one"
+        "--tokenizer-model", type=path_of, help="sentencepiece model or tokenizer.json to use instead of training one"
     )
     tokenizer.add_argument("--eod-token", metavar="TOKEN", help="of --tokenizer-model: what ends a document")
     _add_quality(parser)
@@ -98,7 +108,15 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         "--scrub-pii", action="store_true", help="replace e-mail addresses, card numbers and the like by tags"
     )
     quality.add_argument(
-        "--decontaminate", nargs="+", type=Path, default=(), metavar="FILE", help="drop what overlaps with eval files"
+        "--decontaminate",
+        nargs="+",
+        type=path_of,
+        default=(),
+        metavar="FILE",
+        help="drop what overlaps with eval files",
+    )
+    quality.add_argument(
+        "--decontaminate-key", metavar="KEY", help="field or column that holds the text in eval files (default: text)"
     )
     quality.add_argument("--ngram", type=int, metavar="N", help="words of an overlap that counts (default: 13)")
 
@@ -107,8 +125,9 @@ def _quality(own: argparse.Namespace) -> QualityConfig:
     """The filters that were asked for."""
     if own.near_threshold is not None and own.dedup != "near":
         raise ConfigError(f"--near-threshold {own.near_threshold} is of --dedup near: add that, or drop it.")
-    if own.ngram is not None and not own.decontaminate:
-        raise ConfigError(f"--ngram {own.ngram} is of --decontaminate FILE: add that, or drop it.")
+    for option, value in (("--ngram", own.ngram), ("--decontaminate-key", own.decontaminate_key)):
+        if value is not None and not own.decontaminate:
+            raise ConfigError(f"{option} {value} is of --decontaminate FILE: add that, or drop it.")
     from megatron_slm.data.quality.config import QualityConfig
 
     near_threshold = 0.8 if own.near_threshold is None else own.near_threshold
@@ -121,6 +140,7 @@ def _quality(own: argparse.Namespace) -> QualityConfig:
         scrub_pii=own.scrub_pii,
         leakage_against=tuple(map(str, own.decontaminate)),
         leakage_ngram=13 if own.ngram is None else own.ngram,
+        leakage_text_key="text" if own.decontaminate_key is None else own.decontaminate_key,
     )
 
 
@@ -152,17 +172,29 @@ def data_inspect(name: str, tokens: Sequence[str]) -> int:
 
 
 def _inspect_mixture(config: RunConfig, split: str, position: int, *, show_ids: bool) -> str:
-    """A sample of a run over several sources, under the shares that ``config`` says."""
+    """A sample of a run over several sources, under the shares that ``config`` says and the run has decided."""
     if split != "train":
         raise ConfigError(f"--split {split}: of a mixture the train split is shown; name one corpus with --data-path.")
     from megatron_slm.config.rules import require
     from megatron_slm.data.inspect import inspect_mixture
-    from megatron_slm.run_data import open_data
+    from megatron_slm.run_data import open_data, saved_cursor
 
     require(config)
     # Held-out splits are not needed to show what is trained on.
     data = open_data(replace(config, train=replace(config.train, eval_iters=0)), verify=True)
-    return inspect_mixture(data.train, data.order, data.tokenizer, position, show_ids=show_ids)
+    order, reached, run = data.order, 0, Path(config.log.runs_dir) / str(config.name)
+    try:
+        if (cursor := saved_cursor(config, data)) is not None:
+            order, reached = cursor.order, cursor.consumed_samples
+    except CheckpointError as error:
+        print(f"warning: shown as configured, not as {run} has read it: {error}", file=sys.stderr)
+    if config.data.loss_aware_strength and position >= reached:
+        print(
+            f"warning: sample {position} is not before the {reached} that the newest checkpoint of {run} has read; "
+            "held-out losses may change the shares until then (data.loss_aware_strength)",
+            file=sys.stderr,
+        )
+    return inspect_mixture(data.train, order, data.tokenizer, position, show_ids=show_ids)
 
 
 def data_stats(name: str, tokens: Sequence[str]) -> int:
@@ -173,7 +205,7 @@ def data_stats(name: str, tokens: Sequence[str]) -> int:
         "Describe one split of a prepared corpus: documents, tokens, lengths, vocabulary.",
         example="mslm data stats corpus",
     )
-    parser.add_argument("data_path", type=Path, metavar="DIR", help="prepared corpus")
+    parser.add_argument("data_path", type=path_of, metavar="DIR", help="prepared corpus")
     parser.add_argument("--split", choices=("train", "valid"), default="train", help="(default: %(default)s)")
     own = parser.parse_args(tokens)
     from megatron_slm.data.stats import describe
@@ -191,7 +223,7 @@ def data_verify(name: str, tokens: Sequence[str]) -> int:
         "anything is.",
         example="mslm data verify corpus",
     )
-    parser.add_argument("data_path", type=Path, metavar="DIR", help="prepared corpus")
+    parser.add_argument("data_path", type=path_of, metavar="DIR", help="prepared corpus")
     own = parser.parse_args(tokens)
     from megatron_slm.data.verify import verify
 
@@ -212,8 +244,8 @@ def data_export(name: str, tokens: Sequence[str]) -> int:
         "Write one split of a prepared corpus as Megatron's PREFIX.bin and PREFIX.idx.",
         example="mslm data export corpus --split train --output corpus-train",
     )
-    parser.add_argument("data_path", type=Path, metavar="DIR", help="prepared corpus")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="names of the files, less .bin")
+    parser.add_argument("data_path", type=path_of, metavar="DIR", help="prepared corpus")
+    parser.add_argument("--output", required=True, type=path_of, metavar="PREFIX", help="names of the files, less .bin")
     parser.add_argument("--split", choices=("train", "valid"), default="train", help="(default: %(default)s)")
     own = parser.parse_args(tokens)
     from megatron_slm.data.corpus import Corpus

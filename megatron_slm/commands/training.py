@@ -6,8 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.commands.command import (
@@ -17,13 +16,16 @@ from megatron_slm.commands.command import (
     Verb,
     accepted,
     parser_of,
+    path_of,
     sources,
     violations_of,
 )
+from megatron_slm.config import mixture_text
 from megatron_slm.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
+    from megatron_slm.data.config import DataConfig
     from megatron_slm.launch.environment import RankEnvironment
 
 RANGE_TEST, DEFAULT_RANGE = "--lr-range-test", "1e-7:1"
@@ -98,7 +100,7 @@ def generate(name: str, tokens: Sequence[str]) -> int:
         "Continue a prompt with the newest checkpoint of a run, on one rank, whatever layout it was trained under.",
         example='mslm generate runs/kjv --prompt "In the beginning"',
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run, or one of its checkpoints")
+    parser.add_argument("run", type=path_of, metavar="RUN", help="directory of a run, or one of its checkpoints")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
@@ -206,7 +208,20 @@ def _summary(resolved: Resolved) -> str:
         count = parameters(config.model, config.model.vocab_size)
         flops = flops_per_token(config.model, config.model.vocab_size)
         lines.append(f"parameters: {count:,}; model FLOPs per token, forward and backward: {flops:.3e}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_rounded_shares(config.data)])
+
+
+def _rounded_shares(data: DataConfig) -> Iterator[str]:
+    """A line for every phase whose shares are not exactly those of the weights that were typed."""
+    if not data.sources:
+        return
+    from megatron_slm.data.mixture import ROUNDED
+    from megatron_slm.data.shares import configured_phases
+
+    # Shares by size are nobody's weights, so any sizes will do here.
+    for phase in configured_phases(data, dict.fromkeys(mixture_text.sources(data.sources), 1)):
+        if phase.rounded and (phase.start or data.weights):
+            yield f"shares from sample {phase.start} on: {phase.shares_text}; {ROUNDED}"
 
 
 VERBS: Mapping[str, Verb] = {

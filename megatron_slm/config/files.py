@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_slm.config import mixture_text
 from megatron_slm.config.facts import Facts
@@ -35,6 +36,7 @@ def _corpora(facts: Facts) -> Iterator[str]:
             return  # a rule on the configuration speaks already
         for name, path in paths.items():
             yield from _corpus(facts, path, "data.sources", f", source {name}")
+        yield from _together(facts, paths)
     elif data.data_path is not None:
         yield from _corpus(facts, data.data_path, "data.data_path")
     else:
@@ -69,6 +71,32 @@ def _corpus(facts: Facts, path: str, key: str, source: str = "") -> Iterator[str
             f"than the model. Set model.vocab_size={tokens}, leave it out, or prepare the corpus with the model's "
             "tokenizer."
         )
+
+
+def _together(facts: Facts, paths: Mapping[str, str]) -> Iterator[str]:
+    """Sources were made with one tokenizer, and hold different tokens."""
+    indices = {name: index for name, path in paths.items() if (index := _index(path)) is not None}
+    cited = facts.cite("data.sources")
+    first = next(iter(indices), "")
+    digests: dict[str, str] = {}
+    for name, index in indices.items():
+        if any(index.get(key) != indices[first].get(key) for key in ("tokenizer_hash", "eod_id")):
+            yield (
+                f"{cited}: {first} and {name} were made with different tokenizers, so the same ids mean other text. "
+                f"Prepare {name} again with --tokenizer-model, the file in {paths[first]}/tokenizer."
+            )
+        digest = index.get("digest")
+        if digest is not None and (twin := digests.setdefault(str(digest), name)) != name:
+            yield f"{cited}: {twin} and {name} hold the same tokens. Give them once, with both weights."
+
+
+def _index(path: str) -> dict[str, Any] | None:
+    """The index of a corpus's training split; None where it cannot be read, which ``_corpus`` says."""
+    try:
+        index = json.loads((Path(path) / "train" / "index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return index if isinstance(index, dict) else None
 
 
 def _tokenizer(facts: Facts) -> Iterator[str]:

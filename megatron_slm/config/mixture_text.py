@@ -12,6 +12,9 @@ from megatron_slm.errors import ConfigError
 REPLAY = "replay"
 """The source that ``data.replay_run`` makes."""
 
+FINEST_PARTS = 1 << 20
+"""Shares are exact as multiples of one in up to so many parts, else rounded to so many: none can be smaller."""
+
 _Value = TypeVar("_Value")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import decimal
 import difflib
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,11 @@ def shares(facts: Facts) -> Iterator[str]:
         yield from _unknown(facts, PHASES, later, names)
     if weights and not any(weights.values()):
         yield f"{facts.cite(WEIGHTS)}: the run would begin without a source. Give one of them a weight above 0."
-    elif weights:
+        return
+    yield from _too_small(facts, WEIGHTS, weights)
+    for _, later in phases:
+        yield from _too_small(facts, PHASES, later)
+    if weights:
         read = {name for held in (weights, *(later for _, later in phases)) for name, value in held.items() if value}
         for name in names:
             if name not in read:
@@ -145,6 +151,28 @@ def _unknown(facts: Facts, key: str, weights: dict[str, Any], names: dict[str, s
             close = difflib.get_close_matches(name, names, n=1)
             nearest = f"Did you mean {close[0]}?" if close else f"The sources are {', '.join(names)}."
             yield f"{facts.cite(key, SOURCES)}: there is no source {name}. {nearest}"
+
+
+def _too_small(facts: Facts, key: str, weights: dict[str, Fraction]) -> Iterator[str]:
+    """Weights so small that only a larger share could be kept."""
+    data = facts.config.data
+    # A share that is a multiple of one in so many parts or fewer cannot be below one.
+    least = Fraction(1, mixture_text.FINEST_PARTS)
+    least /= 1 - (Fraction(repr(data.replay_share)) if data.replay_run is not None else 0)
+    total = sum(weights.values())
+    for name, weight in weights.items():
+        if 0 < weight < least * total:
+            needed = (total - weight) * least / (1 - least)
+            yield (
+                f"{facts.cite(key)}: the share of {name} is below the smallest possible one, "
+                f"1/{mixture_text.FINEST_PARTS:,}. Give it a weight of at least {_rounded_up(needed)}, or of 0."
+            )
+
+
+def _rounded_up(number: Fraction) -> str:
+    """A decimal of three digits that is at least ``number``, however large or small that is."""
+    with decimal.localcontext(prec=3, rounding=decimal.ROUND_CEILING):
+        return f"{decimal.Decimal(number.numerator) / decimal.Decimal(number.denominator):e}"
 
 
 RULES = (one_or_many, sources, shares, temperature, replay, loss_aware, length_schedule)

@@ -25,6 +25,7 @@ QUALITY_FLAGS = {
     "near_duplicates": "--near-threshold",
     "min_characters": "--min-chars",
     "max_characters": "--max-chars",
+    "leakage_text_key": "--decontaminate-key",
 }
 
 

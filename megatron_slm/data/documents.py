@@ -9,8 +9,8 @@
     one document a row of the column named by ``text_key``
 a directory
     a source tree: every file that matches a pattern is one document, in the order of their paths; hidden files and
-    directories and packages installed inside it (:data:`INSTALLED`) are passed over, files that are not UTF-8 are
-    counted as skipped
+    directories, packages installed inside it (:data:`INSTALLED`) and prepared corpora are passed over, files that are
+    not UTF-8 are counted as skipped
 ``PREFIX.bin`` and ``PREFIX.idx``
     Megatron's token ids; either file, or PREFIX, names both (:mod:`megatron_slm.data.indexed`)
 
@@ -32,8 +32,9 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_slm.data import indexed
-from megatron_slm.data.readers import CODECS, open_bytes, read_jsonl, read_parquet, read_text
-from megatron_slm.data.shards import file_sha256
+from megatron_slm.data.manifest import MANIFEST_NAME
+from megatron_slm.data.readers import CODECS, open_bytes, read_jsonl, read_parquet, read_text, require_regular
+from megatron_slm.data.shards import INDEX_NAME, file_sha256
 from megatron_slm.errors import DataError
 
 TEXT_UNITS = ("paragraph", "file")
@@ -94,8 +95,11 @@ def open_sources(inputs: Sequence[str | Path], *, pattern: str = DEFAULT_PATTERN
     return [_open_source(Path(path), pattern) for path in inputs]
 
 
-def read_documents(source: Source, *, text_key: str, text_unit: str) -> Iterator[str]:
+def read_documents(source: Source, *, text_key: str, text_unit: str, key_option: str = "--text-key") -> Iterator[str]:
     """The documents of ``source`` that are not empty, in order.
+
+    Args:
+        key_option: the option that sets ``text_key``, for refusals.
 
     Raises:
         DataError: the source cannot be read or understood; the message names the file and the place. A file that is not
@@ -108,9 +112,9 @@ def read_documents(source: Source, *, text_key: str, text_unit: str) -> Iterator
     for file in source.files:
         with _unchanged(file):
             if source.kind == "jsonl":
-                texts = read_jsonl(file.path, text_key)
+                texts = read_jsonl(file.path, text_key, key_option)
             elif source.kind == "parquet":
-                texts = read_parquet(file.path, text_key)
+                texts = read_parquet(file.path, text_key, key_option)
             else:
                 texts = read_text(file.path, "file" if source.kind == "tree" else text_unit)
             yield from (text for text in texts if text.strip())
@@ -170,22 +174,22 @@ def _open_source(path: Path, pattern: str) -> Source:
 
 def _kind_of(path: Path) -> str | None:
     """Of ``name.KIND`` and ``name.KIND.gz``; only lines of text are streams that may be compressed as a whole."""
-    if path.suffix in CODECS:
-        kind = KINDS.get(path.with_suffix("").suffix)
+    if path.suffix.lower() in CODECS:
+        kind = KINDS.get(path.with_suffix("").suffix.lower())
         return None if kind == "parquet" else kind
-    return KINDS.get(path.suffix)
+    return KINDS.get(path.suffix.lower())
 
 
 def _open_tree(root: Path, pattern: str) -> Source:
     try:
-        found = [path for path in root.glob(pattern) if path.is_file() and not _is_passed_over(path.relative_to(root))]
+        found = [path for path in root.glob(pattern) if path.is_file() and not _is_passed_over(path, root)]
     except (ValueError, NotImplementedError) as error:
         raise DataError(f"--pattern is {pattern}, which is no pattern inside a directory: {error}.") from error
     files: list[SourceFile] = []
     licences: list[str | None] = []
     num_skipped = 0
     for path in sorted(found, key=lambda path: path.relative_to(root).parts):
-        if (kind := _kind_of(path)) not in (None, "text") or path.suffix in CODECS:
+        if (kind := _kind_of(path)) not in (None, "text") or path.suffix.lower() in CODECS:
             raise DataError(
                 f"{path} matches the pattern {pattern}, but each file of a directory is read as one plain text. "
                 f"Name such files ({kind or 'compressed'}) themselves, or change --pattern."
@@ -212,8 +216,16 @@ def _together(licences: Sequence[str | None]) -> str | None:
     return None if None in licences else " AND ".join(sorted(named))
 
 
-def _is_passed_over(path: Path) -> bool:
-    return any(part.startswith(".") or part in INSTALLED for part in path.parts)
+def _is_passed_over(path: Path, root: Path) -> bool:
+    inside = path.relative_to(root)
+    if any(part.startswith(".") or part in INSTALLED for part in inside.parts):
+        return True
+    # All directories between the file and the root, which may be a corpus itself.
+    return any(_is_corpus(root / parent) for parent in inside.parents if parent != Path())
+
+
+def _is_corpus(directory: Path) -> bool:
+    return (directory / MANIFEST_NAME).is_file() and (directory / "train" / INDEX_NAME).is_file()
 
 
 def _joined(path: Path, kind: str, files: tuple[SourceFile, ...], licence: str | None) -> Source:
@@ -227,6 +239,7 @@ def _joined(path: Path, kind: str, files: tuple[SourceFile, ...], licence: str |
 
 
 def _hash_file(path: Path) -> SourceFile:
+    require_regular(path)
     # Before the hash: a change during it is then a change after it.
     stat = path.stat()
     return SourceFile(path, file_sha256(path), stat.st_size, stat.st_mtime_ns)

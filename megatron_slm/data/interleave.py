@@ -14,11 +14,13 @@ import functools
 import heapq
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil, gcd, lcm
+from math import ceil, floor, gcd, lcm
 
 import numpy as np
 
-LONGEST_PERIOD = 1 << 16
+from megatron_slm.config.mixture_text import FINEST_PARTS
+
+LONGEST_PERIOD = FINEST_PARTS
 """Places of a period. Shares that need more are quantised to this many parts."""
 
 
@@ -31,12 +33,14 @@ class Turns:
         rank: int32 [places of the table], how many turns the same source had before, from place 0 on.
         head: places before the part that repeats.
         per_cycle: int64 [sources], turns of each in that part.
+        places: for each source, the places of the table where it has the turn, ascending.
     """
 
     source: np.ndarray
     rank: np.ndarray
     head: int
     per_cycle: np.ndarray
+    places: tuple[np.ndarray, ...]
 
     def place(self, offset: int) -> tuple[int, int]:
         """Where the table holds the turn at ``offset``, and how often its end has been passed before."""
@@ -54,65 +58,85 @@ class Turns:
     def counts(self, offset: int) -> np.ndarray:
         """Turns of every source before ``offset``, int64 [sources]."""
         place, cycle = self.place(offset)
-        before = np.bincount(self.source[:place], minlength=len(self.per_cycle))
+        before = np.array([np.searchsorted(places, place) for places in self.places], dtype=np.int64)
         return np.asarray(before + cycle * self.per_cycle)
 
 
 @functools.lru_cache(maxsize=1024)
-def turns(parts: tuple[int, ...], owed: tuple[Fraction, ...] | None = None, sharers: int = 0) -> Turns:
+def turns(
+    parts: tuple[int, ...],
+    owed: tuple[Fraction, ...] | None = None,
+    sharers: int = 0,
+    *,
+    places: int | None = None,
+) -> Turns:
     """The turns of ``parts``, positive integers without a common divisor; equal claims are met in their order.
 
     Args:
         owed: for each source, by how many samples it is behind its share at the start; default 0. Then the first
             periods differ from those that repeat.
         sharers: the m of the bound, if larger than the number of parts: the sources that what is owed comes from.
+        places: as many are asked for, if not any number; fewer than a period are laid out in less time.
     """
     assert min(parts) > 0, f"a source without a share has no turn: {parts}"
     state = owed or (Fraction(0),) * len(parts)
     seen: dict[tuple[Fraction, ...], int] = {}
     periods: list[np.ndarray] = []
+    sharers, total = max(sharers, len(parts)), sum(parts)
+    if places is not None and places < total:
+        periods.append(_period(parts, state, sharers, max(1, places)))
+        seen[state] = 0
     while state not in seen:
         seen[state] = len(periods)
-        periods.append(_period(parts, state, max(sharers, len(parts))))
+        periods.append(_period(parts, state, sharers, total))
         had = np.bincount(periods[-1], minlength=len(parts)).tolist()
         state = tuple(before + part - count for before, part, count in zip(state, parts, had, strict=True))
     table = np.concatenate(periods)
-    head = seen[state] * sum(parts)
-    return Turns(table, _ranks(table, len(parts)), head, np.bincount(table[head:], minlength=len(parts)))
+    head = seen[state] * total
+    by_source = _places(table, len(parts))
+    ranks = np.empty(len(table), dtype=np.int32)
+    for own in by_source:
+        ranks[own] = np.arange(len(own), dtype=np.int32)
+    return Turns(table, ranks, head, np.bincount(table[head:], minlength=len(parts)), by_source)
 
 
-def _period(parts: tuple[int, ...], owed: tuple[Fraction, ...], sharers: int) -> np.ndarray:
-    """The turns of one period, int32 [D], beginning where each source is ``owed`` so much."""
-    total, slack = sum(parts), 2 * max(1, sharers - 1)
-    claims = []
-    for source, (part, behind) in enumerate(zip(parts, owed, strict=True)):
-        # Places count from 1: release = ceil((j + c - behind) D / part), deadline = floor((j+1 - c - behind) D / part),
-        # over the common denominator of c and behind. Turns beyond the share make up for what is owed.
-        scale = slack * behind.denominator
-        shift, step = slack * behind.numerator, behind.denominator
-        for turn in range(part + 2 + max(0, ceil(behind))):
-            release = -(-(turn * scale + step - shift) * total // (scale * part))
-            claims.append((release, ((turn + 1) * scale - step - shift) * total // (scale * part), source))
-    claims.sort()
-    ready: list[tuple[int, int]] = []
-    order = np.empty(total, dtype=np.int32)
-    following = 0
-    for place in range(1, total + 1):
+def _period(parts: tuple[int, ...], owed: tuple[Fraction, ...], sharers: int, places: int) -> np.ndarray:
+    """The first ``places`` turns of a period, int32 [places], beginning where each source is ``owed`` so much."""
+    releases, keys = _claims(parts, owed, Fraction(1, 2 * max(1, sharers - 1)))
+    ready: list[int] = []
+    taken: list[int] = []
+    following, upcoming = 0, len(keys)
+    for place in range(1, places + 1):
         # A source that has lost its share may leave its place to none: then the next turn comes early.
-        while following < len(claims) and (claims[following][0] <= place or not ready):
-            heapq.heappush(ready, claims[following][1:])
+        while following < upcoming and (releases[following] <= place or not ready):
+            heapq.heappush(ready, keys[following])
             following += 1
-        order[place - 1] = heapq.heappop(ready)[1]
-    return order
+        taken.append(heapq.heappop(ready))
+    return np.asarray(np.array(taken, dtype=np.int64) % len(parts), dtype=np.int32)
 
 
-def _ranks(source: np.ndarray, num_sources: int) -> np.ndarray:
-    """For every place, how many places before it hold the same source; int32, as long as ``source``."""
-    ranks = np.empty(len(source), dtype=np.int32)
-    by_source = np.argsort(source, kind="stable")
-    counts = np.bincount(source, minlength=num_sources)
-    ranks[by_source] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return ranks
+def _claims(parts: tuple[int, ...], owed: tuple[Fraction, ...], slack: Fraction) -> tuple[list[int], list[int]]:
+    """Every turn of a period by the place where it may come: that place, and ``deadline * sources + source``.
+
+    Places count from 1: release = ceil((j + c - behind) D / part), deadline = floor((j + 1 - c - behind) D / part).
+    """
+    total, released, keys = sum(parts), [], []
+    for source, (part, behind) in enumerate(zip(parts, owed, strict=True)):
+        # Rounding the constant before the division changes neither and leaves integers of 64 bits.
+        first, last = ceil((slack - behind) * total), floor((1 - slack - behind) * total)
+        # Turns beyond the share make up for what is owed.
+        grown = np.arange(part + 2 + max(0, ceil(behind)), dtype=np.int64) * total
+        released.append(-(-(grown + first) // part))
+        keys.append((grown + last) // part * len(parts) + source)
+    release, key = np.concatenate(released), np.concatenate(keys)
+    order = np.lexsort((key, release))
+    return release[order].tolist(), key[order].tolist()
+
+
+def _places(source: np.ndarray, num_sources: int) -> tuple[np.ndarray, ...]:
+    """For each source, the places that hold it, int32, ascending."""
+    by_source = np.argsort(source, kind="stable").astype(np.int32)
+    return tuple(np.split(by_source, np.cumsum(np.bincount(source, minlength=num_sources))[:-1]))
 
 
 def reduced(weights: list[Fraction]) -> list[int]:

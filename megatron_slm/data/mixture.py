@@ -15,17 +15,19 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 
 from megatron_slm.config.mixture_text import REPLAY
-from megatron_slm.data.interleave import Turns, reduced, turns
+from megatron_slm.data.interleave import LONGEST_PERIOD, Turns, reduced, turns
 from megatron_slm.data.order import SampleOrder
 
 MIXTURE_VERSION = 2
 """Raised when the same sources and phases would give another order; stored in every cursor. 1 knew one corpus only."""
+
+ROUNDED = f"the weights need finer shares than 1/{LONGEST_PERIOD:,}, so these are rounded to multiples of that"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,14 @@ class Source:
 class Phase:
     """Shares from position ``start`` on: of every source that has one, integers without a common divisor.
 
-    ``adaptive`` phases were decided by the run itself (loss-aware sampling) and not by its configuration.
+    ``adaptive`` phases were decided by the run itself (loss-aware sampling) and not by its configuration. Those that
+    are ``rounded`` stand for weights whose shares need more than ``LONGEST_PERIOD`` parts.
     """
 
     start: int
     parts: tuple[tuple[str, int], ...]
     adaptive: bool = False
+    rounded: bool = field(default=False, compare=False)
 
     @staticmethod
     def of(start: int, weights: Mapping[str, Fraction], *, adaptive: bool = False) -> Phase:
@@ -62,7 +66,9 @@ class Phase:
         names = sorted(name for name, weight in weights.items() if weight > 0)
         assert names, f"a phase has at least one source with a weight above 0: {dict(weights)}"
         parts = reduced([weights[name] for name in names])
-        return Phase(start, tuple(zip(names, parts, strict=True)), adaptive)
+        wanted, total = sum(weights[name] for name in names), sum(parts)
+        rounded = any(weights[name] * total != part * wanted for name, part in zip(names, parts, strict=True))
+        return Phase(start, tuple(zip(names, parts, strict=True)), adaptive, rounded)
 
     @property
     def shares(self) -> dict[str, Fraction]:
@@ -218,6 +224,7 @@ class MixtureOrder:
                 tuple(parts[self.sources[number].name] for number in numbers),
                 tuple(owed[number] for number in numbers),
                 len(shared),
+                places=None if following is None else following - phase.start,
             )
             spans.append(_Span(phase.start, np.array(numbers), table, base))
             if following is not None:
@@ -238,6 +245,7 @@ def described(order: MixtureOrder) -> list[str]:
         lines += [
             f"shares from sample {phase.start} on: {phase.shares_text}"
             + (" (by held-out loss)" if phase.adaptive else "")
+            + (f"; {ROUNDED}" if phase.rounded else "")
             for phase in order.phases
         ]
     return lines

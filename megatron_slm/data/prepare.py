@@ -16,12 +16,12 @@ so that the same command after a kill goes on where it stopped. The result depen
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.documents import DEFAULT_PATTERN, open_sources
+from megatron_slm.data.documents import DEFAULT_PATTERN, Source, open_sources
 from megatron_slm.data.manifest import read_manifest
 from megatron_slm.data.preparation.publishing import assemble
 from megatron_slm.data.preparation.reading import Reader, as_it_is, chunking, scrubbed
@@ -30,6 +30,7 @@ from megatron_slm.data.preparation.screening import screen
 from megatron_slm.data.preparation.staging import open_staging, remove_leftover
 from megatron_slm.data.preparation.tokenising import make_tokenizer, tokenise
 from megatron_slm.data.quality.config import QualityConfig
+from megatron_slm.data.readers import require_regular
 from megatron_slm.data.shards import DEFAULT_SHARD_TOKENS
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
@@ -78,6 +79,8 @@ def prepare(
         DataError: an input cannot be read, ``output`` holds something else, or a value is out of range.
         ResumableError: the disk is full or a worker died; the same command goes on from there.
     """
+    target = Path(output).absolute()
+    _check_names([*inputs, target, *(quality.leakage_against if quality else ())])
     given = _given_tokenizer(tokenizer_model, eod_token, vocab_size=vocab_size, tokenizer_type=tokenizer_type)
     quality = None if quality == QualityConfig() else quality
     reader = _reader(inputs, given, quality, text_key=text_key, text_unit=text_unit, pattern=pattern)
@@ -92,7 +95,7 @@ def prepare(
         shard_tokens=shard_tokens,
         licence=licence,
     )
-    return _prepared(Path(output).absolute(), request, reader, given, quality, workers)
+    return _prepared(target, request, reader, given, quality, workers)
 
 
 def _prepared(
@@ -102,7 +105,7 @@ def _prepared(
     if workers < 1:
         raise DataError(f"--workers is {workers}, but at least 1 process does the work.")
     if os.path.lexists(target):
-        return {**_existing(target, request), "already_prepared": True}
+        return {**_existing(target, request, reader.sources), "already_prepared": True}
     with open_staging(target, request, chunking()) as staging:
         screening = screen(staging, reader, request, quality, workers)
         tokenizer = make_tokenizer(staging, reader, request, screening, given)
@@ -110,6 +113,17 @@ def _prepared(
         manifest = assemble(staging, request, screening, reader.sources, tokenizer)
         staging.publish(target)
     return {**manifest, "already_prepared": False}
+
+
+def _check_names(paths: Iterable[str | Path]) -> None:
+    """Refuse, before any work, names that the manifest and the card could not hold."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"The name {os.fsencode(path)!r} is not UTF-8, as manifest and card are. Rename it."
+            ) from error
 
 
 def _given_tokenizer(
@@ -127,6 +141,7 @@ def _given_tokenizer(
         raise DataError(
             f"{name} and --tokenizer-model are both given: a finished tokenizer has its own {own}. Drop one."
         )
+    require_regular(Path(path))
     return Tokenizer.open(path, eod_token=eod_token)
 
 
@@ -164,20 +179,38 @@ def _reader(
     )
 
 
-def _existing(target: Path, request: Request) -> dict[str, Any]:
+def _existing(target: Path, request: Request, sources: Sequence[Source]) -> dict[str, Any]:
     """The manifest of ``target`` when it answers an equal request."""
     remedy = "Choose another output, or remove this one yourself."
     try:
         manifest = read_manifest(target)
-        changes = request.differences(manifest["request"])
+        changes = _changed_inputs(manifest["sources"], sources)
+        # The inputs are named above; here their hashes would say nothing to a person.
+        if others := request.differences({**manifest["request"], "inputs": list(request.inputs)}):
+            changes.append(others)
         splits = list(manifest["splits"])
         tokenizer_hash = manifest["tokenizer"]["hash"]
     except (DataError, KeyError, TypeError) as error:
         raise DataError(f"{target} exists and is no prepared corpus. {remedy}") from error
     if changes:
-        raise DataError(f"{target} holds another corpus: {changes}. {remedy}")
+        raise DataError(f"{target} holds another corpus: {'; '.join(changes)}. {remedy}")
     for name in splits:
         Corpus.open(target / name, verify="hash")
     Tokenizer.open(target / "tokenizer", tokenizer_hash)
     remove_leftover(target)
     return manifest
+
+
+def _changed_inputs(stored: Sequence[Mapping[str, Any]], sources: Sequence[Source]) -> list[str]:
+    """Which inputs are not those that the manifest's ``sources`` tell of; where they lie does not matter."""
+    if len(stored) != len(sources):
+        return [f"it is of {len(stored)} inputs, {len(sources)} were given"]
+    changed = []
+    for number, (before, now) in enumerate(zip(stored, sources, strict=True), start=1):
+        if before["sha256"] == now.sha256:
+            continue
+        if before["path"] == str(now.path):
+            changed.append(f"the input {now.path} has changed since")
+        else:
+            changed.append(f"input {number} was {before['path']}, {now.path} holds something else")
+    return changed

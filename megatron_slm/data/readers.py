@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
@@ -19,6 +20,19 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 PARQUET_BATCH_ROWS = 256
 
 
+def require_regular(path: Path) -> None:
+    """Refuse a pipe or a device, which may have no end and cannot be read twice; absent files are left to the reader.
+
+    Raises:
+        DataError: ``path`` is there, and neither a file nor a directory.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise DataError(
+            f"{path} is a pipe, a socket or a device, but every input is read several times. Write its content to a "
+            "file, and give that."
+        )
+
+
 def open_text(path: Path, *, newline: str | None = None) -> TextIO:
     """``path`` as UTF-8, decompressed while it is read; a byte order mark is no text.
 
@@ -30,15 +44,18 @@ def open_text(path: Path, *, newline: str | None = None) -> TextIO:
 
 def open_bytes(path: Path) -> BinaryIO:
     """``path`` decompressed by its suffix; the end of a truncated file is an :class:`OSError`, not the end of text."""
-    codec = CODECS.get(path.suffix)
+    codec = CODECS.get(path.suffix.lower())
     if codec is None:
         return path.open("rb")
     stream = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
     return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
 
 
-def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
+def read_jsonl(path: Path, text_key: str, key_option: str = "--text-key") -> Iterator[str]:
     """The string under ``text_key`` of each line that is not blank.
+
+    Args:
+        key_option: the option that sets ``text_key``, for refusals.
 
     Raises:
         DataError: a line is no JSON object, or has no string there; the message names the line.
@@ -58,7 +75,7 @@ def read_jsonl(path: Path, text_key: str) -> Iterator[str]:
             if not isinstance(text, str):
                 keys = f"its keys are {sorted(record)}" if isinstance(record, dict) else "it is no object"
                 raise DataError(
-                    f'{path}:{number} has no string under "{text_key}"; {keys}. Name the right key with --text-key.'
+                    f'{path}:{number} has no string under "{text_key}"; {keys}. Name the right key with {key_option}.'
                 )
             try:
                 text.encode()
@@ -86,14 +103,14 @@ def read_text(path: Path, text_unit: str) -> Iterator[str]:
             yield "".join(block).removesuffix("\n")
 
 
-def read_parquet(path: Path, text_key: str) -> Iterator[str]:
+def read_parquet(path: Path, text_key: str, key_option: str = "--text-key") -> Iterator[str]:
     """The strings of the column ``text_key``, one row group in memory at a time.
 
     Raises:
         DataError: there is no such column, it holds something else than strings, or a row has none.
     """
     with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_column(path, file.schema_arrow, text_key)
+        _check_column(path, file.schema_arrow, text_key, key_option)
         row = 0
         for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=[text_key], use_threads=False):
             for text in batch.column(0).to_pylist():
@@ -106,18 +123,18 @@ def read_parquet(path: Path, text_key: str) -> Iterator[str]:
                 row += 1
 
 
-def _check_column(path: Path, schema: pa.Schema, text_key: str) -> None:
+def _check_column(path: Path, schema: pa.Schema, text_key: str, key_option: str) -> None:
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
     places = schema.get_all_field_indices(text_key)
     if len(places) != 1:
         raise DataError(
             f'{path} has {len(places) or "no"} columns "{text_key}"; its columns are {columns}. '
-            "Name the column of the text with --text-key."
+            f"Name the column of the text with {key_option}."
         )
     kind = schema.field(places[0]).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise DataError(
             f'The column "{text_key}" of {path} holds {schema.field(places[0]).type}, not strings; its columns are '
-            f"{columns}. Name the column of the text with --text-key."
+            f"{columns}. Name the column of the text with {key_option}."
         )

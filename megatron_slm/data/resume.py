@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from megatron_slm.config import mixture_text
 from megatron_slm.config.mixture_text import REPLAY
+from megatron_slm.data.config import DataConfig
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.errors import CheckpointError
@@ -33,7 +35,7 @@ class Resumed(NamedTuple):
     changes: list[str]
 
 
-def check_resume(saved: Cursor, current: Cursor) -> Resumed:
+def check_resume(saved: Cursor, current: Cursor, before: DataConfig | None = None) -> Resumed:
     """Refuse a resume whose next samples would not be those of the saved run, but for a change that was asked for.
 
     Shares may change from the saved position on, by phases that start there or later; sources may be added that way.
@@ -42,6 +44,7 @@ def check_resume(saved: Cursor, current: Cursor) -> Resumed:
     Args:
         saved: the cursor of the checkpoint.
         current: a cursor of the present configuration and corpora; its position does not matter.
+        before: the options that led to ``saved``, for the words of a refusal.
 
     Raises:
         CheckpointError: names everything that changed, with both values and the way to have it from here on.
@@ -51,17 +54,23 @@ def check_resume(saved: Cursor, current: Cursor) -> Resumed:
         raise CheckpointError(
             f"The samples after {saved.consumed_samples} would not be those the saved run would have read next; "
             "samples already trained on would come again and others never:\n" + "\n".join(changed) + "\n"
-            "To train these weights on other data on purpose, start a new run with checkpoint.pretrained_checkpoint."
+            "To read other corpora from here on, keep these in data.sources, name the others beside them and add an "
+            f"entry of data.phases such as '{saved.consumed_samples}: NAME=NUMBER ...'; to train these weights on other "
+            "data alone, start a new run with checkpoint.pretrained_checkpoint."
         )
-    before = [_renamed(phase, _names(saved.order, current.order)) for phase in saved.order.phases]
+    earlier = [_renamed(phase, _names(saved.order, current.order)) for phase in saved.order.phases]
     after = [phase for phase in current.order.phases if not phase.adaptive]
-    _refuse_changed_past(saved.consumed_samples, [phase for phase in before if not phase.adaptive], after)
-    adaptive = [phase for phase in before if phase.adaptive]
+    configured = [phase for phase in earlier if not phase.adaptive]
+    first = f"data.weights={configured[0].weights_text.replace(' ', ',')}"
+    if before is not None and before.sources and not before.weights and _same_sources(saved, current):
+        first = f"data.temperature={before.temperature} (and no data.weights)"
+    _refuse_changed_past(saved.consumed_samples, configured, after, first)
+    adaptive = [phase for phase in earlier if phase.adaptive]
     order = MixtureOrder(
         current.order.sources, tuple(sorted([*after, *adaptive], key=lambda phase: (phase.start, phase.adaptive)))
     )
     cursor = dataclasses.replace(saved, order=order)
-    return Resumed(cursor, list(_changes(saved.consumed_samples, before, order)))
+    return Resumed(cursor, list(_changes(saved.consumed_samples, earlier, order)))
 
 
 def _changed_fields(saved: Cursor, current: Cursor) -> Iterator[str]:
@@ -93,6 +102,12 @@ def _changed_sources(saved: Cursor, current: Cursor) -> Iterator[str]:
             )
 
 
+def _same_sources(saved: Cursor, current: Cursor) -> bool:
+    """Whether shares by size would be those of the saved run, but for the temperature."""
+    old, new = ({source.order.digest for source in cursor.order.sources} for cursor in (saved, current))
+    return old == new
+
+
 def _identity(source: Source) -> dict[str, object]:
     order = source.order
     return {"dataset_digest": order.digest, "seed": order.seed, "num_samples": order.num_samples}
@@ -108,8 +123,25 @@ def _renamed(phase: Phase, names: Mapping[str, str]) -> Phase:
     return dataclasses.replace(phase, parts=tuple(sorted((names[name], part) for name, part in phase.parts)))
 
 
-def _refuse_changed_past(consumed: int, before: list[Phase], after: list[Phase]) -> None:
-    """Shares of samples already read are a fact.
+def check_lengths(consumed: int, before: Sequence[str], now: Sequence[str]) -> None:
+    """Refuse another ``data.length_schedule`` for samples already read; that of samples to come is free.
+
+    Raises:
+        CheckpointError: it was changed; says how to change it for samples to come.
+    """
+    old, new = ([entry for entry in mixture_text.lengths(items) if entry[0] < consumed] for items in (before, now))
+    if old == new:
+        return
+    told, found = ("; ".join(f"{start}: {tokens}" for start, tokens in entries) or "empty" for entries in (old, new))
+    raise CheckpointError(
+        f"data.length_schedule: for the {consumed} samples read so far it was {told} in the checkpoint, but is {found} "
+        f"now; what was read cannot be changed. Keep those entries, and add others that begin at sample {consumed} or "
+        "later."
+    )
+
+
+def _refuse_changed_past(consumed: int, before: list[Phase], after: list[Phase], first: str) -> None:
+    """Shares of samples already read are a fact; ``first`` is what one types for those that the run began with.
 
     Raises:
         CheckpointError: they were changed; says how to change those of the samples to come.
@@ -129,15 +161,20 @@ def _refuse_changed_past(consumed: int, before: list[Phase], after: list[Phase])
     where = "data.weights or data.temperature" if differs is not None and differs[0].start == 0 else "data.phases"
     told = "; ".join(f"{phase.shares_text} from sample {phase.start} on" for phase in old)
     now = "; ".join(f"{phase.shares_text} from sample {phase.start} on" for phase in new)
-    keep = f"data.weights: {old[0].weights_text}"
-    if len(old) > 1:
-        keep += " and data.phases: " + ", ".join(f"'{phase.entry}'" for phase in old[1:])
-    wanted = dataclasses.replace(new[-1], start=consumed)
+    wanted = [phase for phase in after if phase.start >= consumed]
+    if not wanted or wanted[0].start > consumed:
+        wanted.insert(0, dataclasses.replace(new[-1], start=consumed))
     raise CheckpointError(
         f"{where}: the {consumed} samples read so far were {told} in the checkpoint, but {now} now; what was read "
-        f"cannot be changed. Set back {keep}, and to change the mixture from here on add the entry '{wanted.entry}' to "
-        "data.phases."
+        f"cannot be changed. Go on as before with {_typed(first, before[1:])}, or change the mixture from here on with "
+        f"{_typed(first, [*old[1:], *wanted])}."
     )
+
+
+def _typed(first: str, phases: list[Phase]) -> str:
+    """``first`` and the phases after it, to be pasted into a command line."""
+    entries = ",".join(phase.entry for phase in phases)
+    return f'{first} "data.phases={entries}"' if entries else first
 
 
 def _changes(consumed: int, before: list[Phase], order: MixtureOrder) -> Iterator[str]:

@@ -9,8 +9,11 @@ from fractions import Fraction
 from megatron_slm.config import mixture_text
 from megatron_slm.data.config import DataConfig
 from megatron_slm.data.cursor import Cursor
-from megatron_slm.data.interleave import LONGEST_PERIOD, quantised
+from megatron_slm.data.interleave import quantised
 from megatron_slm.data.mixture import Phase
+
+TEMPERATURE_PARTS = 1 << 16
+"""Shares by size are multiples of one in so many: nobody has typed them, and the period is laid out quickly."""
 
 ADAPTED_PARTS = 1000
 """Shares decided by losses are multiples of one in so many: a short period, laid out in a millisecond."""
@@ -34,8 +37,8 @@ def by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, F
         Fraction(count) if temperature == 1 else Fraction((count / largest) ** (1 / temperature))
         for count in tokens.values()
     ]
-    parts = quantised(weights, LONGEST_PERIOD)
-    return {name: Fraction(part, LONGEST_PERIOD) for name, part in zip(tokens, parts, strict=True)}
+    parts = quantised(weights, TEMPERATURE_PARTS)
+    return {name: Fraction(part, TEMPERATURE_PARTS) for name, part in zip(tokens, parts, strict=True)}
 
 
 def reweighted(weights: Mapping[str, Fraction], losses: Mapping[str, float], strength: float) -> dict[str, Fraction]:

@@ -21,7 +21,11 @@ from megatron_slm.parallel.gradients import zero_gradients
 from megatron_slm.train.attribution_event import REDUCTION, Event
 from megatron_slm.train.attribution_state import bad_gradients, bad_inputs, bad_state, largest_gradient
 from megatron_slm.train.attribution_trace import Trace
+from megatron_slm.train.intervention import Origin
 from megatron_slm.train.step import StepInput, StepPlan, TrainState, forward_backward
+
+AT_REST = ("parameter", "optimizer state")
+"""Phases of what the next step would begin with too."""
 
 LARGEST_SQUARES = torch.finfo(torch.float32).max
 """Core adds up the squares of the gradients in fp32."""
@@ -118,12 +122,13 @@ class Evidence(NamedTuple):
     """Of this rank in the loss."""
 
 
-def investigation(loader: TrainLoader) -> Callable[[TrainState, StepPlan, StepInput, dict[str, Any]], str]:
+def investigation(loader: TrainLoader) -> Callable[[TrainState, StepPlan, StepInput, dict[str, Any]], Origin]:
     """What the loop asks about a step that is not finite: ``attribute``, in words."""
 
-    def investigate(state: TrainState, plan: StepPlan, inputs: StepInput, random_at_start: dict[str, Any]) -> str:
+    def investigate(state: TrainState, plan: StepPlan, inputs: StepInput, random_at_start: dict[str, Any]) -> Origin:
         samples_of = partial(sample_names, loader, state.cursor)
-        return attribute(state, plan, inputs, random_at_start, samples_of=samples_of).sentence(state.step + 1)
+        finding = attribute(state, plan, inputs, random_at_start, samples_of=samples_of)
+        return Origin(finding.sentence(state.step + 1), lasting=finding.phase in AT_REST)
 
     return investigate
 

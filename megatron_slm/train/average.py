@@ -29,6 +29,7 @@ from megatron_slm.train.payload_index import (
     is_weight,
     read_index,
 )
+from megatron_slm.train.publish import published
 from megatron_slm.train.saved_state import STATE_FILE, read_state
 
 PAYLOAD_FILE = "__0_0.distcp"
@@ -40,14 +41,35 @@ def average(checkpoints: Sequence[Path], output: Path) -> Path:
     Configuration, tokenizer, step and cursor are those of the last one; ``state.json`` names what was averaged.
 
     Raises:
-        CheckpointError: ``output`` exists, a checkpoint is damaged, or they are not of one model.
+        CheckpointError: ``output`` exists or cannot be written, a checkpoint is damaged or given twice, or they are not
+            of one run.
     """
     if output.exists():
         raise CheckpointError(f"{output} exists; name another --output, or remove it")
     for path in checkpoints:
+        if published(path / "checkpoints") or published(path):
+            raise CheckpointError(
+                f"{path} is a run's directory, not a checkpoint: name its iter_NNNNNNN directories, or it alone with "
+                "--last K"
+            )
         manifest.verify(path)
+    _require_one_run(checkpoints)
     indices = [read_index(path) for path in checkpoints]
     _require_one_model(checkpoints, indices)
+    try:
+        _write(checkpoints, indices, output)
+    except (OSError, RuntimeError) as error:
+        # torch fails once more, with words of its own, when it closes the file that the disk would not take.
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{output} could not be written ({getattr(cause, 'strerror', None) or cause}); nothing is left of it: make "
+            "room, or name another --output"
+        ) from error
+    return output
+
+
+def _write(checkpoints: Sequence[Path], indices: Sequence[PayloadIndex], output: Path) -> None:
+    """The checkpoint, beside its place and renamed to it when it is on the disk."""
     newest = checkpoints[-1]
     state = read_state(newest)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +87,21 @@ def average(checkpoints: Sequence[Path], output: Path) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return output
+
+
+def _require_one_run(checkpoints: Sequence[Path]) -> None:
+    """The same identity, and each of other contents than those before it."""
+    known = [manifest.read_manifest(path) for path in checkpoints]
+    for position, (path, found) in enumerate(zip(checkpoints, known, strict=True)):
+        if found.identity != known[0].identity:
+            raise CheckpointError(
+                f"{path} and {checkpoints[0]} are of different runs (identities {found.identity[:12] or 'none'} and "
+                f"{known[0].identity[:12] or 'none'}); average checkpoints of one run"
+            )
+        if found in known[:position]:
+            raise CheckpointError(
+                f"{path} is the same checkpoint as {checkpoints[known.index(found)]}; name each checkpoint once"
+            )
 
 
 def _require_one_model(checkpoints: Sequence[Path], indices: Sequence[PayloadIndex]) -> None:

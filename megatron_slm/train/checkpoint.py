@@ -18,7 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_slm.errors import CheckpointError
+from megatron_slm.errors import CheckpointError, SaveError
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train import payload_write, publish
 from megatron_slm.train.ema import ema_request
@@ -79,7 +79,7 @@ def write(staged: Staged, to: Destination) -> Path:
     """Write and publish ``iter_NNNNNNN``; collective over ``to.group``. Nothing refers to it before it is durable.
 
     Raises:
-        CheckpointError: on every rank, when one of them cannot write. The checkpoints before it are as they were.
+        SaveError: on every rank, when one of them cannot write. The checkpoints before it are as they were.
     """
     final = publish.checkpoint_path(to.directory, staged.step)
     temporary: Path | None = None
@@ -98,7 +98,7 @@ def write(staged: Staged, to: Destination) -> Path:
         error = first_failure(failed)
         if temporary is not None and dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
+        raise SaveError(
             f"the checkpoint of step {staged.step} could not be written to {to.directory} ({error}); those before it "
             "are whole. Make room or the directory writable, and start the run again: it resumes from the newest"
         ) from error

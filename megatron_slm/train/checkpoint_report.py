@@ -22,11 +22,15 @@ def checkpoints_of(run: Path) -> dict[int, Path]:
     """Step -> checkpoint of a run, given by its own or by its checkpoints directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or ``run`` is a checkpoint itself.
     """
     for directory in (run / "checkpoints", run):
         if found := publish.published(directory):
             return found
+    if _is_checkpoint(run):
+        raise CheckpointError(
+            f"{run} is one checkpoint, not a run: mslm checkpoint inspect shows it; or name a run's directory"
+        )
     raise CheckpointError(f"{run} holds no checkpoint: name a run's directory, such as runs/NAME")
 
 
@@ -55,7 +59,7 @@ def listing(run: Path) -> str:
 def verified(paths: Sequence[Path]) -> Iterator[tuple[str, bool]]:
     """A line for each checkpoint, and whether it is what was saved. A run's must also be of that run."""
     for path in paths:
-        single = (path / manifest.MANIFEST).exists() or (path / STATE_FILE).exists()
+        single = _is_checkpoint(path)
         identity = None if single else stored_identity(path)
         for checkpoint in [path] if single else checkpoints_of(path).values():
             wrong = problems(checkpoint, identity=identity)
@@ -88,6 +92,10 @@ def contents(path: Path) -> str:
     totals += [(group, str(count), f"{elements:,}", f"{size:,}") for group, (count, elements, size) in sums.items()]
     objects = f"other objects: {len(index.objects)} (random states, layers' extra states)"
     return "\n".join([*lines, "", _table(rows), "", _table(totals), "", objects])
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / manifest.MANIFEST).exists() or (path / STATE_FILE).exists()
 
 
 def _retention(run: Path) -> Retention:

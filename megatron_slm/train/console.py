@@ -34,6 +34,10 @@ class Console:
         else:
             self._bar.write(line, file=sys.stdout)
 
+    def keep(self, line: str) -> None:
+        """Keep one line without printing it: somebody else says it."""
+        self._log.write(line + "\n")
+
     def advance(self, *, loss: float, tokens_per_second: float) -> None:
         """One step more on the bar."""
         if self._bar is not None:

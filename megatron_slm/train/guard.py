@@ -80,6 +80,11 @@ class Guard:
         if grad_norm > 0.0:
             self._norms = [*self._norms, math.log(grad_norm)][-window:]
 
+    def rewind(self, record: dict[str, Any] | None) -> None:
+        """Forget the steps after a checkpoint, but not what has been done since: that stays bounded."""
+        restored = Guard(self._config, record)
+        self._losses, self._norms = restored._losses, restored._norms
+
     def exhausted(self) -> bool:
         """Whether the run has used up its interventions."""
         return self.interventions >= self._config.max_interventions

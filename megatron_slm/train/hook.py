@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_slm.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
@@ -105,6 +107,9 @@ class Hook:
 
     def settle(self) -> None:
         """Wait for what runs in the background: before a roll-back, and before the run ends with an error."""
+
+    def on_error(self, state: Any, error: UserError) -> None:
+        """When the run ends with an error; ``after_run`` is not called then. Must not raise and not exchange."""
 
     def rewind(self, state: Any) -> None:
         """After a roll-back: ``state`` is the checkpoint's, and steps after it will be made again."""

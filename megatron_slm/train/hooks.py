@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_slm.errors import NonFiniteError, UserError
 from megatron_slm.train.early_stopping import EarlyStopping
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.step import TrainState
@@ -74,17 +76,20 @@ class CheckpointHook(Hook):
     Args:
         stage: collective; takes what is to be saved out of the state, and returns the function that writes and
             publishes it, collective too, on any thread. It raises the same on every rank.
+        is_finite: collective; a state that is not is never saved: it could only displace one that is.
         background: write while training goes on.
         listeners: told of every save once it is published.
         say: writes a line into the run's log.
     """
 
     stage: Callable[[TrainState], Callable[[], Path]]
+    is_finite: Callable[[TrainState], bool]
     interval: int | None
     background: bool = False
     listeners: Sequence[Hook] = ()
     say: Callable[[str], None] = lambda line: None
     _saved: int = field(default=-1, init=False)
+    _refused: int = field(default=-1, init=False)
     _writer: ThreadPoolExecutor = field(init=False)
     _in_flight: InFlight | None = field(default=None, init=False)
 
@@ -107,6 +112,11 @@ class CheckpointHook(Hook):
             self._save(state, background=False)
         self._land(state)
         self._writer.shutdown()
+        if self._refused == state.step:
+            raise NonFiniteError(
+                f"after step {state.step} weights or optimizer hold values that are not finite: this state is not "
+                "saved. Start the run again: it goes on from the newest checkpoint, whose values are finite."
+            )
 
     def is_writing(self) -> bool:
         """Whether a save is in flight on this rank."""
@@ -123,6 +133,10 @@ class CheckpointHook(Hook):
         if self._in_flight is not None:
             wait([self._in_flight.written])
 
+    def on_error(self, state: TrainState, error: UserError) -> None:
+        with contextlib.suppress(UserError):
+            self._land(state)
+
     def rewind(self, state: TrainState) -> None:
         # What follows is not what followed when this step was saved: the data position is another.
         self._saved = -1
@@ -131,8 +145,15 @@ class CheckpointHook(Hook):
         started = time.perf_counter()
         self._land(state)
         waited = time.perf_counter() - started
-        write = self.stage(state)
         self._saved = state.step
+        if not self.is_finite(state):
+            self._refused = state.step
+            self.say(
+                f"warning: after step {state.step} weights or optimizer hold values that are not finite: no checkpoint "
+                "is made of them"
+            )
+            return
+        write = self.stage(state)
         staged = time.perf_counter()
         if background:
             self._in_flight = InFlight(self._writer.submit(write), state.step, staged, staged - started, waited)
@@ -143,7 +164,7 @@ class CheckpointHook(Hook):
         """Wait for the save in flight, if any.
 
         Raises:
-            CheckpointError: it could not be written.
+            SaveError: it could not be written.
         """
         flight, self._in_flight = self._in_flight, None
         if flight is not None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from megatron_slm.errors import NonFiniteError, SpikeError, UserError
+from megatron_slm.errors import CheckpointError, NonFiniteError, SpikeError, UserError
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.hook import Hook
 from megatron_slm.train.step import Outcome, StepInput, StepPlan, TrainState
+
+
+class Origin(NamedTuple):
+    """Where a value that is not finite came from."""
+
+    sentence: str
+    lasting: bool
+    """It is in the weights or the optimizer, so that every further step begins with it."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +26,13 @@ class Interventions:
 
     Attributes:
         warn: writes a line into the run's log; nothing on ranks without one.
-        investigate: names the origin of a value that is not finite, by running the step again; collective. None where
-            it cannot be named.
+        investigate: names the origin of a value that is not finite, by running the step again; collective.
         roll_back: loads the newest checkpoint into the state and returns where it was read from; collective. None where
-            there is no checkpoint.
+            there is no checkpoint; raises a CheckpointError on every rank where none is whole.
     """
 
     warn: Callable[[str], None]
-    investigate: Callable[[TrainState, StepPlan, StepInput, dict[str, Any]], str | None]
+    investigate: Callable[[TrainState, StepPlan, StepInput, dict[str, Any]], Origin]
     roll_back: Callable[[TrainState], str | None]
 
     def take(self, state: TrainState, plan: StepPlan, outcome: Outcome, guard: Guard, hooks: Sequence[Hook]) -> bool:
@@ -44,16 +51,16 @@ class Interventions:
         if verdict.policy == "warn":
             self.warn(f"{what} The update was applied (train.spike_policy=warn).")
             return True
+        lasting = False
         if verdict.kind == "non-finite":
             origin = self.investigate(state, plan, outcome.inputs, outcome.random)
-            what += f" {origin}" if origin else " Running the step again did not show where it came from."
+            what, lasting = f"{what} {origin.sentence}", origin.lasting
         if verdict.policy == "stop":
-            raise _error(verdict.kind, f"{what} {_way_out(outcome)}")
+            raise _error(outcome, what)
         if guard.exhausted():
-            raise _error(
-                verdict.kind,
-                f"{what} The run has used up train.max_interventions = {guard.interventions}. {_way_out(outcome)}",
-            )
+            raise _error(outcome, f"{what} The run has used up train.max_interventions = {guard.interventions}.")
+        if verdict.policy == "skip" and lasting:
+            raise _error(outcome, f"{what} Skipping batches cannot mend that; start again from the newest checkpoint.")
         guard.interventions += 1
         if verdict.policy == "skip":
             state.step, state.cursor = result.step, outcome.inputs.cursor
@@ -67,9 +74,13 @@ class Interventions:
         for hook in hooks:
             hook.settle()
         bad_end = outcome.inputs.cursor.consumed_samples
-        origin = self.roll_back(state)
+        try:
+            origin = self.roll_back(state)
+        except CheckpointError as error:
+            raise _error(outcome, f"{what} It could not be rolled back: {error}") from error
         if origin is None:
-            raise _error(outcome.verdict.kind, f"{what} There is no checkpoint to roll back to. {_way_out(outcome)}")
+            raise _error(outcome, f"{what} There is no checkpoint to roll back to yet.")
+        guard.rewind(state.records.get("guard"))
         skipped = bad_end - state.cursor.consumed_samples
         state.cursor = state.cursor.skip(skipped)
         for hook in hooks:
@@ -80,15 +91,12 @@ class Interventions:
         )
 
 
-def _error(kind: str, message: str) -> UserError:
-    return NonFiniteError(message) if kind == "non-finite" else SpikeError(message)
-
-
-def _way_out(outcome: Outcome) -> str:
+def _error(outcome: Outcome, what: str) -> UserError:
     result = outcome.result
     first = result.consumed_samples - result.batch_size
-    return (
-        "Nothing of this step was applied; the newest checkpoint is from before it. Lower optimizer.lr, set "
-        "optimizer.clip_grad, let the run go on with train.non_finite_policy or train.spike_policy = skip or rollback, "
-        f"or look at its samples with mslm data inspect (positions {first} to {result.consumed_samples - 1})."
+    message = (
+        f"{what} Nothing of this step was applied. Lower optimizer.lr, set optimizer.clip_grad, choose another "
+        "train.non_finite_policy or train.spike_policy, or look at the samples with mslm data inspect (positions "
+        f"{first} to {result.consumed_samples - 1})."
     )
+    return NonFiniteError(message) if outcome.verdict.kind == "non-finite" else SpikeError(message)

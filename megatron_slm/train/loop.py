@@ -41,30 +41,35 @@ def run_loop(
         The exit code: 0 the target was reached, 75 the run stopped before it. Either way ``after_run`` has been called,
         so the state is saved.
     """
-    for hook in hooks:
-        hook.before_run(state)
-    stopped, finished = False, any(hook.finished() for hook in hooks)
-    hook_seconds = 0.0
-    while state.step < train_iters and not stopped and not finished:
+    try:
         for hook in hooks:
-            hook.before_step(state, state.step + 1)
-        outcome = train_step(
-            state,
-            plan,
-            lambda: next(inputs),
-            guard,
-            hooks,
-            wants_stop=should_stop(state.step + 1),
-            checkpoint_seconds=hook_seconds,
-        )
-        started = time.perf_counter()
-        _follow_up(state, plan, outcome, guard, hooks, interventions=interventions)
-        hook_seconds = time.perf_counter() - started
-        stopped = outcome.stop
-        finished = any(hook.finished() for hook in hooks)
-    code = EXIT_REACHED if finished or state.step >= train_iters else EXIT_STOPPED
-    for hook in reversed(hooks):
-        hook.after_run(state, code)
+            hook.before_run(state)
+        stopped, finished = False, any(hook.finished() for hook in hooks)
+        hook_seconds = 0.0
+        while state.step < train_iters and not stopped and not finished:
+            for hook in hooks:
+                hook.before_step(state, state.step + 1)
+            outcome = train_step(
+                state,
+                plan,
+                lambda: next(inputs),
+                guard,
+                hooks,
+                wants_stop=should_stop(state.step + 1),
+                checkpoint_seconds=hook_seconds,
+            )
+            started = time.perf_counter()
+            _follow_up(state, plan, outcome, guard, hooks, interventions=interventions)
+            hook_seconds = time.perf_counter() - started
+            stopped = outcome.stop
+            finished = any(hook.finished() for hook in hooks)
+        code = EXIT_REACHED if finished or state.step >= train_iters else EXIT_STOPPED
+        for hook in reversed(hooks):
+            hook.after_run(state, code)
+    except UserError as error:
+        for hook in reversed(hooks):
+            hook.on_error(state, error)
+        raise
     return code
 
 
@@ -78,15 +83,10 @@ def _follow_up(
     interventions: Interventions,
 ) -> None:
     """What comes after a step: trouble in the background, a rejected batch, and the hooks."""
-    try:
-        if outcome.trouble:
-            for hook in hooks:
-                hook.on_trouble(state)
-        counted = interventions.take(state, plan, outcome, guard, hooks)
-    except UserError:
+    if outcome.trouble:
         for hook in hooks:
-            hook.settle()
-        raise
+            hook.on_trouble(state)
+    counted = interventions.take(state, plan, outcome, guard, hooks)
     state.records["guard"] = guard.record()
     if counted:
         for hook in hooks:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,8 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
 PUBLISHED = re.compile(r"(?:\.old-)?iter_(\d{7,})(?:-[0-9a-f]{8})?")
 """Names of published checkpoints: iter_NNNNNNN, and one that is aside while its step is published again."""
+REQUIRED = (".metadata", "common.pt", "config.yaml", "metadata.json", "state.json")
+"""Files that every checkpoint has, beside its shards: a manifest that leaves one out would vouch for nothing."""
 THREADS = 8
 CHUNK_BYTES = 4 << 20
 
@@ -45,8 +49,7 @@ def seal(directory: Path, *, step: int, identity: str) -> None:
         step: completed steps.
         identity: ``run_directory.digest`` of the run's identity, or "".
     """
-    names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
-    names = [name for name in names if name != MANIFEST]
+    names = _file_names(directory)
     hashes = _in_threads(lambda name: sha256(directory / name, sync=True), names)
     files = {
         name: FileRecord((directory / name).stat().st_size, digest)._asdict()
@@ -67,7 +70,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(read_regular(file))
         version = stored["version"]
         if version == MANIFEST_VERSION:
             files = {name: FileRecord(**record) for name, record in stored["files"].items()}
@@ -78,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); choose another checkpoint") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{file} is damaged ({error!r}); restore it or choose another checkpoint") from error
     raise CheckpointError(
         f"{file} has version {version}, this program reads {MANIFEST_VERSION}; use the program that wrote it"
@@ -108,7 +111,9 @@ def problems(path: Path, *, hashes: bool = True, identity: str | None = None) ->
         )
     names = sorted(manifest.files)
     wrong = _in_threads(lambda name: _problem(path / name, manifest.files[name], hashes), names)
-    return found + [f"{name} {problem}" for name, problem in zip(names, wrong, strict=True) if problem]
+    found += [f"{name} {problem}" for name, problem in zip(names, wrong, strict=True) if problem]
+    unlisted = {*REQUIRED, *_file_names(path)} - {*manifest.files}
+    return found + [f"{name} is not listed in {MANIFEST}" for name in sorted(unlisted)]
 
 
 def verify(path: Path, *, hashes: bool = True, identity: str | None = None) -> None:
@@ -128,16 +133,44 @@ def verify(path: Path, *, hashes: bool = True, identity: str | None = None) -> N
 def _problem(file: Path, record: FileRecord, hashes: bool) -> str | None:
     """What is wrong with one file, or ``None``."""
     try:
-        size = file.stat().st_size
+        size = regular_size(file)
         if size != record.size:
             return f"has {size} bytes, {record.size} when saved"
         if hashes and (found := sha256(file)) != record.sha256:
             return f"has the sha256 {found}, {record.sha256} when saved"
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    except (OSError, ValueError) as error:  # of a name that no file can have
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     return None
+
+
+def _file_names(directory: Path) -> list[str]:
+    """Everything in a checkpoint but its directories and the manifest, sorted."""
+    names = (str(entry.relative_to(directory)) for entry in directory.rglob("*") if not entry.is_dir())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def regular_size(file: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        OSError: there is none, or it is a pipe or a device, whose reading might never end.
+    """
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(file))
+    return found.st_size
+
+
+def read_regular(file: Path) -> bytes:
+    """Contents of a file; what ``regular_size`` refuses is not opened.
+
+    Raises:
+        OSError: as of ``regular_size``, or it cannot be read.
+    """
+    regular_size(file)
+    return file.read_bytes()
 
 
 def _in_threads(work: Callable[[str], T], names: Sequence[str]) -> list[T]:

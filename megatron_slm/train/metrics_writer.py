@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO
 
-from megatron_slm.errors import LogError
+from megatron_slm.errors import LogError, UserError
 from megatron_slm.train.config import LogConfig
 from megatron_slm.train.console import (
     Console,
@@ -21,7 +22,7 @@ from megatron_slm.train.console import (
 )
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.memory_use import MemoryUse
-from megatron_slm.train.metrics import Throughput, finite, step_record, truncate_records
+from megatron_slm.train.metrics import Throughput, finite, read_records, step_record, truncate_records
 from megatron_slm.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class MetricsWriter(Hook):
         consumed_samples: int,
         by_source: Mapping[str, float] | None = None,
         averaged: float | None = None,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         """Report a mean held-out loss in nats over ``tokens`` tokens, taken after ``step`` updates.
 
@@ -143,6 +145,7 @@ class MetricsWriter(Hook):
         Args:
             by_source: the loss of each source of a mixture.
             averaged: the loss of the averaged weights.
+            shares: of each source of a mixture from here on, where they follow the losses.
         """
         parts = {f"lm loss validation/{name}": part for name, part in (by_source or {}).items()}
         if averaged is not None:
@@ -158,12 +161,18 @@ class MetricsWriter(Hook):
             record["lm_loss_by_source"] = {name: finite(part) for name, part in by_source.items()}
         if averaged is not None:
             record["lm_loss_ema"] = finite(averaged)
+        if shares is not None:
+            record["shares"] = dict(shares)
+        # A run that is started again may validate the same step again: one record of it is kept.
+        known = step in {other["step"] for other in read_records(self._run.validation)[-1:]}
+        if known:
+            truncate_records(self._run.validation, step - 1)
         _write(self._validations, record)
         for line in validation_lines(loss, where=f"iteration {step}"):
             self.say(line)
         if parts:
             self.say(" " + " | ".join(f"{name}: {part:.6E}" for name, part in parts.items()))
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and not known:
             scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss), **parts}
             self._tensorboard.write(scalars, step=step, consumed_samples=consumed_samples)
 
@@ -210,6 +219,18 @@ class MetricsWriter(Hook):
         if self._since_line:
             self._line(self._memory())
         self._progress(f"Ending job\tExit code: {code}")
+        self._close()
+
+    def on_error(self, state: Any, error: UserError) -> None:
+        """Keep why the run ends, as far as anything can still be written."""
+        with contextlib.suppress(OSError, UserError):
+            if self._since_line:
+                self._line(self._memory())
+            self._console.keep(f"error: {error}")
+            self._progress(f"Ending job\tExit code: {error.exit_code}")
+            self._close()
+
+    def _close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
         for file in (self._metrics, self._validations, self._dynamics):

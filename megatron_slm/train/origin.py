@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megatron_slm.config.load import load
+from megatron_slm.config.load import examine, load
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
-from megatron_slm.data.resume import check_resume
+from megatron_slm.data.resume import check_lengths, check_resume
 from megatron_slm.errors import CheckpointError
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train import checkpoint, recovery
 from megatron_slm.train.optimizer_state import inner_optimizers
+from megatron_slm.train.replayed_run import refuse_other_replay
 from megatron_slm.train.step import TrainState
 
 
@@ -42,8 +43,13 @@ def verify_origin(config: RunConfig, checkpoints: Path, start: Cursor, identity:
     Raises:
         CheckpointError: missing, damaged, of another model, or its next samples would not be the ones it promised.
     """
+    if fresh:
+        _refuse_moved(config.checkpoint.pretrained_checkpoint, checkpoints.parent)
     if not fresh and (own := recovery.newest_whole(checkpoints, identity=identity)) is not None:
-        check_resume(Cursor.from_dict(own.state.cursor), start)
+        saved, before = Cursor.from_dict(own.state.cursor), examine(own.path / "config.yaml")[0].config.data
+        refuse_other_replay(config.data.replay_run, saved, start)
+        check_resume(saved, start, before)
+        check_lengths(saved.consumed_samples, before.length_schedule, config.data.length_schedule)
         return Origin(own.path, warning=own.warning)
     if config.checkpoint.pretrained_checkpoint is not None:
         source = recovery.find(Path(config.checkpoint.pretrained_checkpoint))
@@ -80,37 +86,52 @@ def restore(
 
 
 def roll_back(state: TrainState, checkpoints: Path, identity: str, *, layout: dict[str, int]) -> str | None:
-    """Load the newest whole checkpoint of a running run whose values are finite. Collective.
+    """Load the newest whole checkpoint of a running run. Collective.
 
     Returns:
         Where it was read from and what was wrong with newer ones; None where there is none.
+
+    Raises:
+        CheckpointError: on every rank; none is whole.
     """
-    passed_over: list[str] = []
-    before: int | None = None
-    while True:
-        found = recovery.newest_whole(checkpoints, identity=identity, before=before) if dist.get_rank() == 0 else None
-        chosen = _of_first_rank(Origin(found.path, warning=found.warning) if found else Origin())
-        if chosen.path is None:
-            return None
-        _resume(state, chosen.path, layout)
-        if chosen.warning is not None:
-            passed_over.append(chosen.warning)
-        if _is_finite(state):
-            return str(chosen.path) + (f" ({' '.join(passed_over)})" if passed_over else "")
-        # Saved between the update that spoiled the weights and the step that showed it.
-        passed_over.append(f"{chosen.path.name} holds values that are not finite.")
-        before = state.step
+    chosen, problem = Origin(), None
+    if dist.get_rank() == 0:
+        try:
+            if (found := recovery.newest_whole(checkpoints, identity=identity)) is not None:
+                chosen = Origin(found.path, warning=found.warning)
+        except CheckpointError as error:
+            problem = str(error)
+    shared: list[Any] = [chosen, problem]
+    dist.broadcast_object_list(shared, src=0)
+    chosen, problem = shared
+    if problem is not None:
+        raise CheckpointError(problem)
+    if chosen.path is None:
+        return None
+    _resume(state, chosen.path, layout)
+    return str(chosen.path) if chosen.warning is None else f"{chosen.path} ({chosen.warning})"
 
 
-def _is_finite(state: TrainState) -> bool:
-    """Whether weights and optimizer of every rank are finite. Collective."""
+def is_finite(state: TrainState) -> bool:
+    """Whether weights and optimizer are finite on every rank. Collective; one pass over the tensors."""
     tensors = [parameter.data for chunk in state.chunks for parameter in chunk.parameters()]
     for inner in inner_optimizers(state.optimizer):
         tensors += [value for values in inner.optimizer.state.values() for value in values.values()]
-    bad = torch.tensor([not bool(torch.isfinite(tensor).all()) for tensor in tensors], device=tensors[0].device)
-    flag = bad.any().to(torch.int32)
+        tensors += [parameter.data for group in inner.optimizer.param_groups for parameter in group["params"]]
+    # The sum is not finite where an element is not, in one pass; where it merely overflows, the elements are looked at.
+    sums = torch.stack([tensor.sum().to(torch.float64) for tensor in tensors])
+    bad = not bool(torch.isfinite(sums).all()) and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    flag = torch.tensor([int(bad)], device=tensors[0].device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return not bool(flag)
+
+
+def _refuse_moved(named: str | None, run: Path) -> None:
+    if named is not None and run.resolve() in (Path(named).resolve(), *Path(named).resolve().parents):
+        raise CheckpointError(
+            f"checkpoint.pretrained_checkpoint = {named} lies in the run that --fresh moves aside; choose another name= "
+            "for the new run"
+        )
 
 
 def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
@@ -121,6 +142,11 @@ def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
     return [
         f"resumed {path} at step {saved.step}",
         *(f"warning: {path.name} holds no {name}: it starts from the loaded weights" for name in absent),
+        *(
+            f"warning: {path.name} holds {name}, which this run does not keep: it is left behind"
+            for name in saved.parts
+            if name not in state.parts
+        ),
         *resumed.changes,
     ]
 

@@ -8,7 +8,9 @@ tensors and plain containers alone.
 from __future__ import annotations
 
 import io
+import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_slm.errors import CheckpointError
+from megatron_slm.train.manifest import read_regular, regular_size
 from megatron_slm.train.payload_index import PayloadIndex, Span, read_index
 
 COMMON_FILE = "common.pt"
@@ -48,6 +51,14 @@ NOT_WEIGHTS = (
     "it holds something else than tensors and plain values, which might run when loaded, or it is damaged; nothing was "
     "run. Use a checkpoint from a source you trust"
 )
+
+READ_ERRORS = (
+    CheckpointingException, CheckpointException, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, ValueError,
+    OSError, EOFError,
+)  # fmt: skip
+"""What core and torch raise of files that they cannot read, or that are of another model."""
+DAMAGED_ERRORS = (OSError, EOFError, TypeError, json.JSONDecodeError, UnicodeDecodeError)
+"""Those among them that no choice of a model would mend."""
 
 
 def read_payload(request: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -67,11 +78,13 @@ def read_payload(request: dict[str, Any], path: Path) -> dict[str, Any]:
         return loaded
     except CheckpointError:
         raise
-    except (CheckpointingException, CheckpointException, pickle.UnpicklingError, RuntimeError, KeyError, OSError) as e:
+    except READ_ERRORS as e:
         cause = first_failure(e)
         if isinstance(cause, CheckpointError | pickle.UnpicklingError):
             said = cause if isinstance(cause, CheckpointError) else NOT_WEIGHTS
             raise CheckpointError(f"{path} is refused: {said}") from e
+        if isinstance(cause, DAMAGED_ERRORS) or "PytorchStreamReader" in str(cause):
+            raise CheckpointError(f"{path} is damaged ({_said(cause)}); choose another checkpoint") from e
         raise CheckpointError(
             f"{path} cannot be read into this model: {_said(cause)}; "
             "check that the model section is the one in its config.yaml, or choose another checkpoint"
@@ -199,17 +212,29 @@ def read_common(path: Path) -> Any:
     """
     file = path / COMMON_FILE
     try:
-        return _weights(io.BytesIO(file.read_bytes()))
+        return _weights(io.BytesIO(read_regular(file)))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing; choose another checkpoint") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); choose another checkpoint") from error
     except CheckpointError as error:
         raise CheckpointError(f"{file} is refused: {error}") from error
 
 
 def _bytes(path: Path, span: Span) -> bytes:
-    with (path / span.file).open("rb") as stream:
-        stream.seek(span.start)
-        return stream.read(span.length)
+    """What a span refers to.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+    """
+    file = path / span.file
+    try:
+        regular_size(file)
+        with file.open("rb") as stream:
+            stream.seek(span.start)
+            return stream.read(span.length)
+    except (OSError, OverflowError, MemoryError) as error:  # of a span that no file could hold
+        raise CheckpointError(f"{file} cannot be read ({_said(error)}); choose another checkpoint") from error
 
 
 def _weights(stream: io.BytesIO) -> Any:
@@ -219,10 +244,13 @@ def _weights(stream: io.BytesIO) -> Any:
         CheckpointError: the stream holds anything but tensors, numbers, strings and containers of them.
     """
     try:
-        return torch.load(stream, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch says of an old pickle how to load it unsafely, just before it refuses it.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(NOT_WEIGHTS) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"it is damaged ({_said(error)})") from error
 
 

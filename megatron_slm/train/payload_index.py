@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_slm.errors import CheckpointError
+from megatron_slm.train.manifest import read_regular
 
 METADATA_FILE = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -98,7 +99,7 @@ def read_index(path: Path) -> PayloadIndex:
     """
     file = path / METADATA_FILE
     try:
-        return _index(_Unpickler(io.BytesIO(file.read_bytes())).load())
+        return _index(_Unpickler(io.BytesIO(read_regular(file))).load())
     except CheckpointError as error:
         raise CheckpointError(f"{file} is refused: {error}") from error
     except FileNotFoundError as error:

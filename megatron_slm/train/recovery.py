@@ -19,9 +19,7 @@ class Recovered(NamedTuple):
     warning: str | None
 
 
-def newest_whole(
-    checkpoints_dir: Path, *, identity: str | None, before: int | None = None, hashes: bool = True
-) -> Recovered | None:
+def newest_whole(checkpoints_dir: Path, *, identity: str | None, hashes: bool = True) -> Recovered | None:
     """The checkpoint that the tracker names, or the newest before it that is what was saved. Changes nothing.
 
     Where the tracker is missing, damaged, or names a checkpoint that is not there, the newest of all are tried.
@@ -29,7 +27,6 @@ def newest_whole(
     Args:
         identity: of the run; None where it is not known.
         hashes: read every byte; without it only presence and sizes are compared.
-        before: only checkpoints of earlier steps than this.
 
     Returns:
         None where nothing has been published.
@@ -41,9 +38,6 @@ def newest_whole(
     wrong: list[str] = []
     try:
         named = publish.tracked_step(checkpoints_dir)
-        if before is not None:
-            there = {step: path for step, path in there.items() if step < before}
-            named = max(there, default=None)
         if named is None and there:
             wrong.append(f"{publish.TRACKER} is missing")
         elif named is not None and named not in there:

@@ -90,24 +90,31 @@ def prepare(
         data: sources, their provenance and licences, for ``data.json``.
 
     Raises:
-        CheckpointError: the directory belongs to another run or to no run; the message lists the fields that differ.
+        CheckpointError: the directory belongs to another run or to no run (the message lists the fields that differ),
+            or cannot be written.
     """
     directory = RunDirectory(Path(resolved.config.log.runs_dir) / str(resolved.config.name))
-    if fresh and directory.path.exists():
-        os.rename(directory.path, _free_name(directory.path))
-    fields = check(resolved, identity=identity)
-    directory.path.mkdir(parents=True, exist_ok=True)
-    # First, so that an interrupted start leaves either nothing or a directory that knows whose it is.
-    _write(directory.path / IDENTITY, _to_json({"identity": digest(fields), "fields": fields}))
     records = {
         "config.yaml": resolved.to_yaml(),
         "provenance.json": _to_json(resolved.provenance_record()),
         "environment.json": _to_json({**environment, **surroundings()}),
         "data.json": _to_json(data),
     }
-    _keep_previous(directory.path, records)
-    for name, text in records.items():
-        _write(directory.path / name, text)
+    try:
+        if fresh and directory.path.exists():
+            os.rename(directory.path, _free_name(directory.path))
+        fields = check(resolved, identity=identity)
+        directory.path.mkdir(parents=True, exist_ok=True)
+        # First, so that an interrupted start leaves either nothing or a directory that knows whose it is.
+        _write(directory.path / IDENTITY, _to_json({"identity": digest(fields), "fields": fields}))
+        _keep_previous(directory.path, records)
+        for name, text in records.items():
+            _write(directory.path / name, text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory.path} cannot be written ({error.strerror or error}); make room there or make it writable, or "
+            "name another with log.runs_dir="
+        ) from error
     return directory
 
 

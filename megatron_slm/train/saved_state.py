@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from megatron_slm.errors import CheckpointError
+from megatron_slm.train.manifest import read_regular
 
 STATE_FILE = "state.json"
 SCHEMA_VERSION = 2
@@ -41,21 +43,63 @@ def read_state(path: Path) -> SavedState:
     """``state.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, not JSON, or of another schema version.
+        CheckpointError: it is missing, not JSON, has fields of a wrong kind, or is of another schema version.
     """
     file = path / STATE_FILE
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(read_regular(file))
         version = fields["schema_version"]
         if version == SCHEMA_VERSION:
-            return SavedState(**fields)
+            state = SavedState(**fields)
+            _require_types(state)
+            return state
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint: {file.name} is missing; name an iter_NNNNNNN directory"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); choose another checkpoint") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); choose another checkpoint") from error
     raise CheckpointError(
         f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}; use the program version that wrote "
         "it, or start a new run (--fresh)"
     )
+
+
+def _require_types(state: SavedState) -> None:
+    """Every field is of its kind, so that a resume fails here or not at all.
+
+    Raises:
+        TypeError: names the first that is not.
+    """
+    guard = state.records.get("guard", {}) if _is_mapping_of(state.records, dict) else {}
+    right = {
+        "step": _is_count(state.step),
+        "consumed_samples": _is_count(state.consumed_samples),
+        "cursor": isinstance(state.cursor, dict),
+        "layout": _is_mapping_of(state.layout, int),
+        "params_dtype": isinstance(state.params_dtype, str),
+        "tokenizer_hash": isinstance(state.tokenizer_hash, str),
+        "records": _is_mapping_of(state.records, dict),
+        "records.guard.losses": _is_list_of(guard.get("losses", []), int | float),
+        "records.guard.norms": _is_list_of(guard.get("norms", []), int | float),
+        "records.guard.interventions": _is_count(guard.get("interventions", 0)),
+        "parts": _is_list_of(state.parts, str),
+        "averaged": _is_list_of(state.averaged, str),
+    }
+    for name, sound in right.items():
+        if not sound:
+            raise TypeError(f"{name} is of another kind than it should be")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_list_of(value: object, kind: type | UnionType) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
+def _is_mapping_of(value: object, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())

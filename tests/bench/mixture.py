@@ -2,9 +2,10 @@
 
     python tests/bench/mixture.py [--quick]
 
-The deviation is that of the loader's own order: samples of a source among the first ``p`` of the run, less what its
-shares up to ``p`` amount to, for every source and every ``p``. Weight vectors are random, from equal to one part in
-thousands, with 2 to 50 sources. They stay; or they change five times, each weight by up to a factor of two, while
+The deviation is that of the loader's own order: samples of a source among the first ``p`` of the run, less what the
+weights, exactly as they were typed, amount to up to ``p``, for every source and every ``p``. Weight vectors are random,
+from equal to one part in thousands, with 2 to 50 sources, and have three decimals on any scale or six in shares of 1.
+They stay; or they change five times, each weight by up to a factor of two, while
 sources join; or, by itself, they are all drawn anew five times and sources end. No order that does not know of a change
 before it comes can keep within one sample then: two sources that are both owed 0.8 and get half of what follows each
 are both a sample and more behind after the next. The last line is JSON.
@@ -20,12 +21,17 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_slm.data.interleave import LONGEST_PERIOD, turns
+from megatron_slm.config.mixture_text import weights as typed_weights
+from megatron_slm.data.interleave import LONGEST_PERIOD, quantised, turns
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.data.order import SampleOrder
 
 SPREADS = (0.05, 0.5, 1.5, 3.0)
 PHASES = 6
+FINE_EVERY = 5
+"""One weight vector in so many has six decimals: its periods of a million places take most of the time."""
+
+Typed = list[tuple[int, dict[str, Fraction]]]
 
 
 def main() -> None:
@@ -34,16 +40,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer weight vectors, within a minute")
     quick: bool = parser.parse_args().quick
     state = np.random.default_rng(1)
-    vectors, samples = (25, 5000) if quick else (1000, 20_000)
+    vectors, samples = (25, 5000) if quick else (500, 20_000)
     kinds = {"shares stay": (1, False), "shares change": (PHASES, False), "shares drawn anew": (PHASES, True)}
     worst = dict.fromkeys(kinds, 0.0)
     longest = 0
     for number in range(vectors):
         sources = int(state.integers(2, 51))
         for kind, (phases, anew) in kinds.items():
-            order = random_mixture(state, sources, phases, anew=anew, spread=SPREADS[number % len(SPREADS)])
-            worst[kind] = max(worst[kind], deviation(order, samples))
+            spread, fine = SPREADS[number % len(SPREADS)], number % FINE_EVERY == 0
+            typed = random_weights(state, sources, phases, anew=anew, spread=spread, fine=fine)
+            order = order_of(sources, typed)
+            worst[kind] = max(worst[kind], deviation(order, typed, samples))
             longest = max(longest, sum(part for _, part in order.phases[0].parts))
+            turns.cache_clear()
     print(f"{vectors} weight vectors of 2 to 50 sources, periods up to {longest}, every prefix up to {samples}")
     for kind, value in worst.items():
         print(f"worst deviation from the shares, {kind:<18}: {value:.4f} samples")
@@ -58,14 +67,15 @@ def main() -> None:
         "worst_share_error_samples_shares_change": round(worst["shares change"], 4),
         "worst_share_error_samples_shares_drawn_anew": round(worst["shares drawn anew"], 4),
         "lookup_us_by_position": {f"1e{len(str(at)) - 1}": round(value, 2) for at, value in lookups.items()},
-        "table_ms_65536_places": round(max(table.values()), 1),
+        f"table_ms_{LONGEST_PERIOD}_places": round(max(table.values()), 1),
     }
     print(json.dumps(record))
 
 
-def random_mixture(state: np.random.Generator, sources: int, phases: int, *, anew: bool, spread: float) -> MixtureOrder:
+def random_weights(
+    state: np.random.Generator, sources: int, phases: int, *, anew: bool, spread: float, fine: bool
+) -> Typed:
     """Sources that join one after another. With ``anew`` every phase draws its weights by itself, and drops some."""
-    names = [f"source{number}" for number in range(sources)]
     joins = state.integers(0, phases, sources)
     joins[0] = 0
     weights = state.lognormal(0, spread, sources)
@@ -74,22 +84,38 @@ def random_mixture(state: np.random.Generator, sources: int, phases: int, *, ane
         held = np.where(joins > number, 0, np.round(weights, 3) + 0.001)
         if anew:
             held[1:][state.random(sources - 1) < 0.3] = 0
-        exact = {name: Fraction(str(round(float(value), 3))) for name, value in zip(names, held, strict=True)}
-        listed.append(Phase.of(start, exact))
+        texts = decimals(held, fine=fine)
+        listed.append((start, typed_weights([f"source{source}={text}" for source, text in enumerate(texts)])))
         start += int(state.integers(1, 800))
         weights = state.lognormal(0, spread, sources) if anew else weights * state.uniform(0.5, 2, sources)
-    return MixtureOrder(tuple(Source(name, SampleOrder(1000, 1, name, 8)) for name in names), tuple(listed))
+    return listed
 
 
-def deviation(order: MixtureOrder, samples: int) -> float:
-    """Worst distance of a count from what the shares amount to, over all sources and prefixes."""
+def decimals(weights: np.ndarray, *, fine: bool) -> list[str]:
+    """The weights as somebody would type them: three decimals, or six that add up to 1."""
+    if not fine:
+        return [f"{weight:.3f}" for weight in weights]
+    return [f"{part / 10**6:.6f}" for part in quantised([Fraction(weight) for weight in weights.tolist()], 10**6)]
+
+
+def order_of(sources: int, typed: Typed) -> MixtureOrder:
+    """The order of a run with these weights."""
+    names = [f"source{number}" for number in range(sources)]
+    return MixtureOrder(
+        tuple(Source(name, SampleOrder(1000, 1, name, 8)) for name in names),
+        tuple(Phase.of(start, weights) for start, weights in typed),
+    )
+
+
+def deviation(order: MixtureOrder, typed: Typed, samples: int) -> float:
+    """Worst distance of a count from what the typed weights amount to, over all sources and prefixes."""
     numbers, _, _ = order.sample_ids(0, samples)
-    stops = [*(phase.start for phase in order.phases[1:]), samples]
+    stops = [*(start for start, _ in typed[1:]), samples]
     worst = 0.0
     for number, source in enumerate(order.sources):
         shares = [
-            np.full(stop - phase.start, float(phase.shares.get(source.name, 0)))
-            for phase, stop in zip(order.phases, stops, strict=True)
+            np.full(stop - start, float(weights[source.name] / sum(weights.values())))
+            for (start, weights), stop in zip(typed, stops, strict=True)
         ]
         worst = max(worst, float(np.abs(np.cumsum(numbers == number) - np.cumsum(np.concatenate(shares))).max()))
     return worst

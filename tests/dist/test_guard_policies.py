@@ -116,13 +116,13 @@ def test_a_roll_back_goes_to_the_checkpoint_and_passes_over_the_batch(tmp_path: 
     assert runs.records(run)[-1]["skipped_samples"] == 16
 
 
-def test_a_roll_back_passes_over_a_checkpoint_that_is_not_finite(tmp_path: Path, data: Path) -> None:
+def test_weights_that_are_not_finite_never_displace_a_checkpoint(tmp_path: Path, data: Path) -> None:
     run = tmp_path / "run"
-    rollback = ("train.non_finite_policy=rollback", "train.max_interventions=1")
+    rollback = ("train.non_finite_policy=rollback", "train.max_interventions=1", "checkpoint.keep_last=1")
     assert runs.train(run, data, 2, *WATCHED, *rollback, plant=spoil_weights_before_a_save) == 0
     log = (run / "log.txt").read_text()
     assert "It is in the weights that step 11 began with" in log
-    assert "iter_0000005" in log and "iter_0000010 holds values that are not finite" in log
+    assert "iter_0000005" in log and "no checkpoint is made of them" in log
     records = runs.records(run)
     assert [record["step"] for record in records] == list(range(1, 17))
     assert records[5]["skipped_samples"] == 11 * 8 - 5 * 8
@@ -142,3 +142,45 @@ def test_a_roll_back_without_checkpoints_is_refused_at_the_start(tmp_path: Path,
     with pytest.raises(RankFailure, match="checkpoint.save_interval") as failure:
         runs.train(run, data, 1, "train.spike_policy=rollback")
     assert failure.value.code == 2 and not run.exists()
+
+
+def test_a_run_that_ends_with_weights_that_are_not_finite_fails(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RankFailure, match="after step 10 weights or optimizer hold values") as failure:
+        runs.train(run, data, 2, *WATCHED, "train.train_iters=10", plant=spoil_weights_before_a_save)
+    assert failure.value.code == 1 and "Traceback" not in str(failure.value)
+    assert "error: after step 10" in (run / "log.txt").read_text()
+    assert "Ending job\tExit code: 1" in (run / "progress.txt").read_text()
+    assert runs.train(run, data, 2, *WATCHED, "train.train_iters=10") == 0
+    assert [record["step"] for record in runs.records(run)] == list(range(1, 11))
+
+
+def test_skipping_ends_where_the_weights_are_bad(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RankFailure, match="Skipping batches cannot mend that"):
+        runs.train(run, data, 1, *WATCHED, "train.non_finite_policy=skip", plant=spoil_weights_before_a_save)
+
+
+def test_a_roll_back_without_a_whole_checkpoint_says_both(tmp_path: Path, data: Path) -> None:
+    run = tmp_path / "run"
+    rollback = ("train.non_finite_policy=rollback",)
+    assert runs.train(run, data, 2, *WATCHED, *rollback, "train.train_iters=10") == 0
+    with pytest.raises(RankFailure, match=r"step 12: .*micro-batch 0.*could not be rolled back: .*no whole") as failure:
+        runs.train(run, data, 2, *WATCHED, *rollback, plant=partial(damage_and_spoil, run))
+    assert failure.value.code == 1 and "Traceback" not in str(failure.value)
+
+
+def damage_and_spoil(run: Path) -> None:
+    """All checkpoints are damaged once the run has read them; step 12 is not finite."""
+    from megatron_slm.train import origin
+
+    restore = origin._resume
+
+    def then_damage(*arguments: Any) -> list[str]:
+        words = restore(*arguments)
+        for file in (run / "checkpoints").glob("iter_*/common.pt"):
+            file.write_bytes(b"")
+        return words
+
+    origin._resume = then_damage
+    non_finite()

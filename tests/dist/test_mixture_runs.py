@@ -60,7 +60,9 @@ def test_a_mixture_is_the_same_run_on_other_layouts_and_through_a_stop(tmp_path:
 def test_a_change_of_shares_is_refused_for_the_past_and_logged_for_what_comes(tmp_path: Path, sources: str) -> None:
     run = tmp_path / "run"
     assert train(run, 1, sources, WEIGHTS, iters=K) == 0
-    with pytest.raises(RankFailure, match=r"add the entry '24: code=0\.5 kjv=0\.5' to data\.phases") as failure:
+    with pytest.raises(
+        RankFailure, match=r'data\.weights=code=0\.3,kjv=0\.7 "data\.phases=24: code=0\.5 kjv=0\.5"'
+    ) as failure:
         train(run, 1, sources, "data.weights=kjv=0.5,code=0.5")
     assert failure.value.code == 2 and "Traceback" not in str(failure.value)
     assert train(run, 1, sources, WEIGHTS, "data.phases=24: code=0.5 kjv=0.5") == 0
@@ -79,6 +81,35 @@ def test_shares_that_follow_held_out_losses_survive_a_stop(tmp_path: Path, sourc
     state = json.loads((runs.checkpoint_path(tmp_path / "stopped", N) / "state.json").read_text())
     adaptive = [phase for phase in state["cursor"]["phases"] if phase["adaptive"]]
     assert adaptive and all(phase["parts"]["kjv"] != phase["parts"]["code"] for phase in adaptive)
+    log, validations = (tmp_path / "straight" / "log.txt").read_text(), tmp_path / "straight" / "validation.jsonl"
+    decided = {record["consumed_samples"]: record["shares"] for record in map(json.loads, validations.open())}
+    for phase in adaptive:
+        assert decided[phase["start"]] == {
+            name: part / sum(phase["parts"].values()) for name, part in phase["parts"].items()
+        }
+        assert f"shares from sample {phase['start']} on: code " in log
+    assert "(by held-out loss; before: code 0.5, kjv 0.5)" in log
+
+
+def test_a_source_may_join_an_existing_run_by_a_phase_and_other_words_name_the_way(
+    tmp_path: Path, sources: str
+) -> None:
+    run, parts = tmp_path / "run", sources.removeprefix("data.sources=").split(",")
+    before = f"data.sources={parts[0]}"
+    schedule = ("data.reset_attention_mask=true", "data.length_schedule=0: 8")
+    assert train(run, 1, before, *schedule, iters=1) == 0
+    records = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(RankFailure, match=r'with data\.weights=kjv=1 "data\.phases=8: code=') as failure:
+        train(run, 1, sources, *schedule)
+    assert failure.value.code == 2 and sorted(path.name for path in run.rglob("*")) == records
+    with pytest.raises(RankFailure, match=r"(?s)dataset_digest.*add an entry of data\.phases such as '8: ") as failure:
+        train(run, 1, f"data.sources={parts[1]}", *schedule)
+    assert failure.value.code == 2 and sorted(path.name for path in run.rglob("*")) == records
+    with pytest.raises(RankFailure, match="data.length_schedule: for the 8 samples read so far"):
+        train(run, 1, before, schedule[0], "data.length_schedule=0: 16", iters=2)
+    more = ("data.weights=kjv=1", "data.phases=8: kjv=1 code=1", schedule[0], "data.length_schedule=0: 8,8: 32")
+    assert train(run, 1, sources, *more, iters=2) == 0
+    assert runs.records(run)[-1]["consumed_by_source"] == {"kjv": 12, "code": 4}
 
 
 def test_what_a_run_has_read_comes_again_in_another(tmp_path: Path, sources: str) -> None:
@@ -88,7 +119,9 @@ def test_what_a_run_has_read_comes_again_in_another(tmp_path: Path, sources: str
     state = json.loads((runs.checkpoint_path(tmp_path / "new", K) / "state.json").read_text())
     assert state["cursor"]["consumed_by_source"]["replay"] == 6
     assert train(tmp_path / "old", 1, sources, WEIGHTS, iters=K + 1) == 0
-    with pytest.raises(RankFailure, match="dataset_digest of source replay") as failure:
+    with pytest.raises(
+        RankFailure, match=rf"set data\.replay_run={runs.checkpoint_path(tmp_path / 'old', K)},"
+    ) as failure:
         train(tmp_path / "new", 1, sources, WEIGHTS, *replayed)
     assert failure.value.code == 2
     pinned = (f"data.replay_run={runs.checkpoint_path(tmp_path / 'old', K)}", "data.replay_share=0.25")

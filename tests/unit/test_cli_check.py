@@ -126,6 +126,15 @@ def test_the_example_of_check_works_as_typed(capsys: pytest.CaptureFixture[str])
     assert example is not None and main(example[1].split()) == 0
 
 
+def test_shares_that_are_not_those_of_the_weights_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check", "--preset", "tiny", "--skip-files", "data.sources=a=x,b=y"]
+    assert main([*command, "data.weights=a=0.333333,b=0.666667"]) == 0
+    assert "shares from" not in capsys.readouterr().out
+    assert main([*command, "data.weights=a=0.1234567,b=0.8765433", "data.phases=9: a=1 b=1"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "shares from" in line]
+    assert line.startswith("shares from sample 0 on: a 0.1235, b 0.8765; ") and "rounded to multiples" in line
+
+
 def test_a_prepared_corpus_is_inspected_and_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text(
@@ -146,6 +155,15 @@ def test_top_level(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(name in printed for name in VERBS)
     assert "megatron-core 0.16" in printed
+
+
+@pytest.mark.parametrize("group", ["data", "checkpoint"])
+def test_the_verbs_of_a_group_have_help(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("-h", "--help"):
+        assert main([group, option]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"usage: mslm {group} VERB")
+        assert all((f"  {name} " in printed) == name.startswith(f"{group} ") for name in VERBS)
 
 
 def test_the_configuration_reference_is_current() -> None:

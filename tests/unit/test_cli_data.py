@@ -127,10 +127,11 @@ def test_several_formats_in_one_go_with_every_filter(tmp_path: Path, capsys: pyt
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, TEXTS[0]]))
     leak = "a sentence of fourteen words that the evaluation holds must not be in training data"
     (tmp_path / "prose.txt").write_text(f"Write to somebody@example.com about it.\n\n{leak}\n\nno\n")
-    (tmp_path / "eval.jsonl").write_text(json.dumps({"text": leak}) + "\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": leak}) + "\n")
     inputs = [str(tmp_path / name) for name in ("text.jsonl", "tree", "prose.txt")]
     options = "--vocab-size 500 --dedup exact --min-chars 5 --max-chars 100000 --scrub-pii --ngram 10 --licence CC0-1.0"
-    output = ["--output", str(tmp_path / "corpus"), "--decontaminate", str(tmp_path / "eval.jsonl"), "--split", "0"]
+    output = ["--output", str(tmp_path / "corpus"), "--split", "0"]
+    output += ["--decontaminate", str(tmp_path / "eval.jsonl"), "--decontaminate-key", "question"]
     assert main(["data", "prepare", *inputs, *output, *options.split()]) == 0
     manifest = json.loads(capsys.readouterr().out)
     assert manifest["dropped"] == {"exact duplicate": 1, "leak:eval.jsonl": 1, "short": 1}
@@ -139,7 +140,8 @@ def test_several_formats_in_one_go_with_every_filter(tmp_path: Path, capsys: pyt
     assert counts == [(len(TEXTS) + 1, len(TEXTS), "CC0-1.0"), (2, 2, "CC0-1.0"), (3, 1, "CC0-1.0")]
     assert Corpus.open(tmp_path / "corpus" / "train").sources == manifest["sources"]
     assert manifest_is_whole(read_manifest(tmp_path / "corpus"))
-    assert "CC0-1.0" in (tmp_path / "corpus" / "card.md").read_text()
+    card = (tmp_path / "corpus" / "card.md").read_text()
+    assert "CC0-1.0" in card and "--decontaminate-key question" in card
     assert main(["data", "verify", str(tmp_path / "corpus")]) == 0
 
 

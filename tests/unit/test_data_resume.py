@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from megatron_slm.config import mixture_text
+from megatron_slm.config.load import load
+from megatron_slm.data.config import DataConfig
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.data.order import SampleOrder
-from megatron_slm.data.resume import OF_RUN, OF_SOURCE, check_resume
+from megatron_slm.data.resume import OF_RUN, OF_SOURCE, check_lengths, check_resume
+from megatron_slm.data.shares import configured_phases
 from megatron_slm.errors import CheckpointError
 
 SIZES = {"kjv": 1000, "code": 300, "web": 5000}
@@ -116,7 +119,7 @@ def test_before_the_first_sample_anything_may_change() -> None:
             SAVED,
             cursor(phase(0, kjv="0.5", code="0.5")),
             "data.weights",
-            "data.weights: code=0.3 kjv=0.7,",
+            "data.weights=code=0.3,kjv=0.7,",
             "9000: code=0.5 kjv=0.5",
         ),
         (SAVED, cursor(phase(0, **FIRST), phase(8999, kjv="1")), "data.phases", "code=0.3", "9000: kjv=1"),
@@ -124,14 +127,14 @@ def test_before_the_first_sample_anything_may_change() -> None:
             cursor(phase(0, **FIRST), phase(100, kjv="1", code="2")).advance(200),
             cursor(phase(0, **FIRST), phase(100, kjv="2", code="1")),
             "data.phases",
-            "data.weights: code=0.3 kjv=0.7 and data.phases: '100: code=2 kjv=1'",
+            'data.weights=code=0.3,kjv=0.7 "data.phases=100: code=2 kjv=1",',
             "200: code=1 kjv=2",
         ),
         (
             cursor(phase(0, **FIRST), phase(100, kjv="1")).advance(200),
             cursor(phase(0, **FIRST)),
             "data.phases",
-            "'100: kjv=1'",
+            '"data.phases=100: kjv=1"',
             "200: code=0.3 kjv=0.7",
         ),
         (
@@ -149,12 +152,34 @@ def test_a_changed_past_is_refused_with_the_way_to_do_it_now(
     with pytest.raises(CheckpointError) as refused:
         check_resume(stored(saved), now)
     message = str(refused.value)
-    assert message.startswith(key) and keep in message and f"'{entry}'" in message
-    # What it says to do is accepted.
-    start, weights = mixture_text.phases([entry])[0]
-    past = [one for one in saved.order.phases if one.start < saved.consumed_samples]
-    followed = MixtureOrder(now.order.sources, (*past, Phase.of(start, weights)))
-    assert check_resume(stored(saved), Cursor.start(followed, "hash")).changes
+    assert message.startswith(key) and keep in message and entry in message
+    # What it says to type is accepted, as it is.
+    for typed, changes in zip(
+        message.rpartition("Go on as before with ")[2].split(", or "), (False, True), strict=True
+    ):
+        options = load(None, shlex.split(typed.rpartition(" with ")[2].removesuffix("."))).config.data
+        followed = MixtureOrder(now.order.sources, configured_phases(options, {}))
+        assert bool(check_resume(stored(saved), Cursor.start(followed, "hash")).changes) is changes
+
+
+def test_shares_by_size_are_set_back_by_temperature_unless_a_source_has_joined() -> None:
+    before = DataConfig(sources=("kjv=a", "code=b"))
+    with pytest.raises(
+        CheckpointError, match=r'with data\.temperature=1\.0 \(and no data\.weights\) "data\.phases=9000: '
+    ):
+        check_resume(SAVED, cursor(phase(0, kjv="0.6", code="0.4")), before)
+    joined = cursor(phase(0, kjv="0.6", code="0.2", web="0.2"), sources=("kjv", "code", "web"))
+    with pytest.raises(CheckpointError, match=r'with data\.weights=code=0\.3,kjv=0\.7 "data\.phases=9000: code=0\.2 '):
+        check_resume(SAVED, joined, before)
+
+
+def test_windows_of_samples_to_come_may_change_and_those_of_the_past_may_not() -> None:
+    check_lengths(100, ["0: 8"], ["0: 8", "100: 32"])
+    check_lengths(100, ["0: 8", "200: 16"], ["0: 8"])
+    with pytest.raises(CheckpointError, match=r"100 samples.*was 0: 8 in the checkpoint, but is empty now.*sample 100"):
+        check_lengths(100, ["0: 8"], ["100: 32"])
+    with pytest.raises(CheckpointError, match="99: 32"):
+        check_lengths(100, ["0: 8"], ["0: 8", "99: 32"])
 
 
 def test_replayed_samples_have_no_weight_to_be_typed_and_one_share_all_through() -> None:
@@ -166,7 +191,9 @@ def test_replayed_samples_have_no_weight_to_be_typed_and_one_share_all_through()
         return Cursor.start(order, "hash")
 
     saved = stored(replaying("0.1", **FIRST).advance(100))
-    with pytest.raises(CheckpointError, match=r"data\.weights: code=0\.27 kjv=0\.63, .*'100: code=0\.45 kjv=0\.45'"):
+    with pytest.raises(
+        CheckpointError, match=r'data\.weights=code=0\.27,kjv=0\.63 "data\.phases=100: code=0\.45 kjv=0\.45"'
+    ):
         check_resume(saved, replaying("0.1", kjv="0.5", code="0.5"))
     for now, value in ((replaying("0.2", **FIRST), "0.2"), (cursor(phase(0, **FIRST)), "0")):
         with pytest.raises(CheckpointError, match=rf"was 0\.1 in the checkpoint and is {value} now|source replay"):

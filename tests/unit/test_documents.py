@@ -148,6 +148,28 @@ def test_a_directory_is_a_source_tree(tmp_path: Path) -> None:
     assert opened(root).sha256 != source.sha256
 
 
+def test_a_corpus_inside_a_tree_is_no_source_text(tmp_path: Path) -> None:
+    root = tree(tmp_path / "tree")
+    (root / "x.json").write_text("{}")
+    before = opened(root, "**/*.json").sha256
+    for name in (
+        "corpus/manifest.json",
+        "corpus/train/index.json",
+        "a/corpus/manifest.json",
+        "a/corpus/train/index.json",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+    assert opened(root, "**/*.json").sha256 == before
+    assert len(opened(root / "corpus", "**/*.json").files) == 2, "one that is named itself is read"
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Jsonl.GZ"])
+def test_the_case_of_an_ending_does_not_matter(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(compressed(lines(TEXTS), ".gz") if name.endswith("GZ") else lines(TEXTS))
+    assert read(tmp_path / name) == TEXTS
+
+
 @pytest.mark.parametrize("pattern", ["**/*.rs", "/etc/*", "", "a/__init__.py"])
 def test_a_pattern_without_text_is_refused(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--pattern"):

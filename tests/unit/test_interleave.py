@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_a_start_that_owes_more_than_there_are_places_still_gives_every_place_aw
         assert table.counts(600).tolist() == pytest.approx([300, 200, 100], abs=4)
 
 
+def test_a_part_of_a_period_is_the_beginning_of_the_whole() -> None:
+    parts, owed = (50, 31, 19), (Fraction(1, 2), Fraction(-1, 2), Fraction(0))
+    whole = turns(parts, owed)
+    for places in (0, 1, 60, 99, 100, 101, 250):
+        part = turns(parts, owed, places=places)
+        assert part.sources(0, places).tolist() == whole.sources(0, places).tolist()
+        assert part.counts(places).tolist() == whole.counts(places).tolist()
+        assert all(part.counts(at).tolist() == whole.counts(at).tolist() for at in range(places))
+        assert len(part.source) == max(1, places) or places >= 100
+
+
 def test_counts_and_ranks_agree_with_counting() -> None:
     table = turns((5, 3, 1), (Fraction(1, 2), Fraction(-1, 3), Fraction(-1, 6)))
     length = len(table.source)
@@ -101,14 +113,24 @@ def test_counts_and_ranks_agree_with_counting() -> None:
 def test_weights_become_exact_integers_where_the_period_allows() -> None:
     assert reduced([Fraction("0.7"), Fraction("0.3")]) == [7, 3]
     assert reduced([Fraction("2e3"), Fraction(500)]) == [4, 1]
-    assert sum(reduced([Fraction("0.33333"), Fraction("0.66667")])) == LONGEST_PERIOD
+    assert reduced([Fraction("0.333333"), Fraction("0.333333"), Fraction("0.333334")]) == [333_333, 333_333, 333_334]
+    assert sum(reduced([Fraction("0.3333333"), Fraction("0.6666667")])) == LONGEST_PERIOD
+
+
+def test_six_decimals_as_typed_hold_over_a_million_samples_and_are_laid_out_at_once() -> None:
+    parts = [333_333, 333_333, 333_334]
+    start = time.process_time()
+    table = turns(tuple(reduced([Fraction(part, 10**6) for part in parts])))
+    assert time.process_time() - start < 3
+    assert table.counts(10**6).tolist() == parts
+    assert worst_deviation(table, parts, 10**6) <= bound(parts)
 
 
 def test_quantised_parts_are_the_nearest_and_no_source_dies() -> None:
     weights = [Fraction(10**9), Fraction(10**9 - 1), Fraction(1)]
     parts = reduced(weights)
     assert sum(parts) == LONGEST_PERIOD and parts[2] == 1
-    assert parts[:2] == [32_768, 32_767]
+    assert parts[:2] == [1 << 19, (1 << 19) - 1]
     state = np.random.default_rng(3)
     for _ in range(50):
         weights = [Fraction(value) for value in state.lognormal(0, 3, 7).tolist()]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_slm.errors import LogError
+from megatron_slm.errors import LogError, NonFiniteError
 from megatron_slm.train.config import LogConfig
 from megatron_slm.train.console import iteration_line, validation_lines
 from megatron_slm.train.hook import StepResult, StepTimes
@@ -316,3 +316,21 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, name: str) -> None:
         log = writer(run, log_interval=1)
         log.before_run(None)
         log.after_step(None, result(1))
+
+
+def test_a_validation_made_again_has_one_record(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = writer(tmp_path, step=4)
+        log.validation(5.0, tokens=10, step=4, consumed_samples=16)
+        log.after_run(None, 0)
+    assert [record["step"] for record in read_records(tmp_path / "validation.jsonl")] == [4]
+    assert [step for step, _ in scalars(tmp_path)["lm loss validation"]] == [4]
+
+
+def test_an_error_is_kept_where_the_run_lies(tmp_path: Path) -> None:
+    log = writer(tmp_path, log_interval=10)
+    log.after_step(None, result(1))
+    log.on_error(None, NonFiniteError("step 2: the loss is nan"))
+    kept = (tmp_path / "log.txt").read_text()
+    assert "iteration        1/" in kept and kept.endswith("error: step 2: the loss is nan\n")
+    assert "Ending job\tExit code: 1" in (tmp_path / "progress.txt").read_text()

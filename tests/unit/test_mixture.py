@@ -12,7 +12,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from megatron_slm.data.mixture import MixtureOrder, Phase, SampleId, Source
+from megatron_slm.data.mixture import MixtureOrder, Phase, SampleId, Source, described
 from megatron_slm.data.order import SampleOrder
 
 SIZES = {"books": 40, "code": 7, "web": 1000}
@@ -151,9 +151,16 @@ def test_shares_are_exactly_what_was_typed_or_what_is_shown() -> None:
     assert (odd.entry, odd.shares_text) == ("5: books=1 web=2", "books 0.3333, web 0.6667")
     assert phase(5, books="7", web="3").entry == "5: books=0.7 web=0.3"
     fine = phase(0, books="0.123456789", web="0.876543211")
-    assert fine.shares["books"].denominator == 65_536
+    assert (1 << 20) % fine.shares["books"].denominator == 0 and fine.rounded and not odd.rounded
     weights = dict(part.split("=") for part in fine.weights_text.split())
     assert Phase.of(0, {name: Fraction(text) for name, text in weights.items()}) == fine
+
+
+def test_the_log_says_which_shares_are_not_those_that_were_typed() -> None:
+    six = phase(0, books="0.333333", code="0.333333", web="0.333334")
+    lines = described(mixture(six, phase(9, books="0.1234567", web="0.8765433")))
+    assert lines[1] == "shares from sample 0 on: books 0.3333, code 0.3333, web 0.3333"
+    assert lines[2].endswith("need finer shares than 1/1,048,576, so these are rounded to multiples of that")
 
 
 def test_an_adaptive_phase_stands_until_the_next_configured_one() -> None:

@@ -145,9 +145,30 @@ def test_equal_request_is_already_prepared_and_another_is_refused_by_name(jsonl:
     with pytest.raises(DataError, match=r"another corpus: vocab_size is 500 there, 510 was asked for\. Choose"):
         run([jsonl], tmp_path / "corpus", vocab_size=510)
     jsonl.write_text(jsonl.read_text() + json.dumps({"text": "more"}) + "\n")
-    with pytest.raises(DataError, match="another corpus: inputs"):
+    with pytest.raises(DataError, match=r"another corpus: the input .*\.jsonl has changed since\. Choose"):
         run([jsonl], tmp_path / "corpus")
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
+
+
+def test_a_corpus_inside_its_own_input_is_already_prepared(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for number, text in enumerate(FUNCTIONS):
+        (tree / f"{number}.md").write_text(text)
+    run([tree], tree / "corpus", pattern="**/*.md")
+    assert run([tree], tree / "corpus", pattern="**/*.md")["already_prepared"]
+
+
+def test_other_inputs_are_refused_by_name(jsonl: Path, tmp_path: Path) -> None:
+    run([jsonl], tmp_path / "corpus")
+    other = tmp_path / "other.jsonl"
+    other.write_text(jsonl.read_text() + json.dumps({"text": "more"}) + "\n")
+    with pytest.raises(
+        DataError, match=r"corpus: input 1 was .*/text\.jsonl, .*/other\.jsonl holds something else\. Ch"
+    ):
+        run([other], tmp_path / "corpus")
+    with pytest.raises(DataError, match=r"corpus: it is of 1 inputs, 2 were given\. Choose"):
+        run([jsonl, other], tmp_path / "corpus")
 
 
 def test_a_damaged_corpus_is_not_called_prepared(jsonl: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,84 @@ def test_a_file_that_is_another_one_when_it_is_read(
     assert beside(output) == []
 
 
+def cut(path: Path) -> None:
+    path.write_text("\n".join(LINES[:300]))
+
+
+def shorten(path: Path) -> None:
+    path.write_text("\n".join(line.replace(" of a small text", "") for line in LINES))
+
+
+@pytest.mark.parametrize("reading", ["make_tokenizer", "tokenise"])
+@pytest.mark.parametrize("change", [append, cut, shorten])
+def test_a_file_that_is_another_one_at_a_later_reading(
+    jsonl: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    reading: str,
+    change: Callable[[Path], None],
+) -> None:
+    monkeypatch.setattr("megatron_slm.data.preparation.reading.CHUNK_CHARACTERS", 2000)
+    original = getattr(prepare_module, reading)
+
+    def change_and_read(*arguments: Any) -> Any:
+        change(jsonl)
+        return original(*arguments)
+
+    monkeypatch.setattr(prepare_module, reading, change_and_read)
+    message = refusal(capsys, jsonl, "--output", jsonl.with_name("corpus"))
+    assert message.startswith(f"mslm: {jsonl} changed while it was read: it is not the file that was hashed")
+    assert beside(jsonl.with_name("corpus")) == []
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ("prepare", "", "--output", "corpus"),
+        ("prepare", "text.jsonl", "--output", ""),
+        ("prepare", "text.jsonl", "--output", "corpus", "--decontaminate", ""),
+        ("verify", ""),
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(
+    tokens: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", *tokens]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("mslm: A path on the command line is empty") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", [None, "--decontaminate", "--tokenizer-model"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_refused(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, option: str | None
+) -> None:
+    path = tmp_path / "endless.txt"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    inputs = [path] if option is None else [jsonl, option, path]
+    capsys.readouterr()
+    assert main(["data", "prepare", *map(str, inputs), "--output", str(tmp_path / "corpus"), "--workers", "1"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"mslm: {path} is a pipe, a socket or a device") and message.count("\n") == 1
+    assert beside(tmp_path / "corpus") == []
+
+
+@pytest.mark.parametrize("place", ["input", "output", "evaluation"])
+def test_a_name_that_is_not_utf_8_is_refused_before_any_work(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    named = tmp_path / os.fsdecode(b"\xff.jsonl")
+    shutil.copy(jsonl, named)
+    tokens = {
+        "input": [named, "--output", tmp_path / "corpus"],
+        "output": [jsonl, "--output", tmp_path / os.fsdecode(b"corpus\xff")],
+        "evaluation": [jsonl, "--output", tmp_path / "corpus", "--decontaminate", named],
+    }
+    message = refusal(capsys, *tokens[place])
+    assert "\\xff" in message and "is not UTF-8" in message and "Rename it" in message
+    assert beside(tmp_path / "corpus") == []
+
+
 def test_a_file_that_comes_back_is_gone_on_with(
     jsonl: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +258,7 @@ def test_an_output_under_a_file(jsonl: Path, capsys: pytest.CaptureFixture[str])
         (("--eod-token", "<end>"), "--eod-token <end> names a token of a finished tokenizer"),
         (("--near-threshold", "0.9"), "--near-threshold 0.9 is of --dedup near"),
         (("--ngram", "5"), "--ngram 5 is of --decontaminate FILE"),
+        (("--decontaminate-key", "question"), "--decontaminate-key question is of --decontaminate FILE"),
         (("--min-chars", "100000"), "the train split gets none of the 400 documents (of which 400 are dropped: short)"),
         (("--decontaminate", "absent.jsonl"), "absent.jsonl"),
     ],

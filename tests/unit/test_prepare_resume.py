@@ -55,6 +55,17 @@ if __name__ == "__main__":
     prepare([text], output, vocab_size=500, split=0.1, shard_tokens=5000, quality=quality, workers=workers)
 """
 
+# The command itself, with small chunks.
+TERMINATED = f"""
+import sys
+from megatron_slm.cli import main
+from megatron_slm.data.preparation import reading
+
+reading.CHUNK_CHARACTERS = {CHUNK_CHARACTERS}
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
 
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -144,6 +155,26 @@ def test_the_result_depends_neither_on_the_workers_nor_on_a_kill_at_any_moment(t
     run(text, output, workers=2)
     run(text, tmp_path / "one", workers=1)
     assert content_of(output) == content_of(tmp_path / "one")
+
+
+def test_sigterm_ends_the_workers_and_the_finished_chunks_stay(text: Path, tmp_path: Path) -> None:
+    text.write_text(text.read_text() * 40)
+    staging, program = tmp_path / ".corpus.preparing", tmp_path / "program.py"
+    program.write_text(TERMINATED)
+    child = subprocess.Popen(
+        [sys.executable, str(program), "data", "prepare", str(text), "--output", str(tmp_path / "corpus")]
+        + ["--workers", "2", "--scrub-pii"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (staging / "screen-000000.npz").exists():
+        assert child.poll() is None, "it ended before it was killed"
+        time.sleep(0.001)
+    child.terminate()
+    assert child.communicate(timeout=20)[1] == "mslm: terminated\n"
+    assert child.returncode == 128 + signal.SIGTERM
+    assert (staging / "screen-000000.npz").exists()
 
 
 def test_a_dead_worker_is_one_sentence_and_the_finished_chunks_stay(

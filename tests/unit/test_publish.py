@@ -20,7 +20,7 @@ from megatron_slm.train import manifest, publish
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from megatron_slm.train import publish
+from megatron_slm.train import manifest, publish
 
 directory, same_step = Path(sys.argv[1]), sys.argv[2] == "same"
 tracker = directory / publish.TRACKER
@@ -30,6 +30,8 @@ for count in itertools.count(int(tracker.read_text()) if tracker.exists() else 1
     (temporary / "shards").mkdir()
     for name in ("shards/a.distcp", "shards/b.distcp", "common.pt"):
         (temporary / name).write_bytes(bytes([count % 251]) * 50_000)
+    for name in manifest.REQUIRED:
+        (temporary / name).touch()
     publish.publish(temporary, publish.checkpoint_path(directory, step))
     print(step, flush=True)
 """
@@ -37,6 +39,8 @@ for count in itertools.count(int(tracker.read_text()) if tracker.exists() else 1
 
 def save(directory: Path, step: int, content: bytes = b"weights") -> Path:
     temporary = publish.begin(directory, step)
+    for name in manifest.REQUIRED:
+        (temporary / name).touch()
     (temporary / "shards").mkdir()
     (temporary / "shards" / "__0_0.distcp").write_bytes(content)
     (temporary / "common.pt").write_bytes(b"common")
@@ -50,7 +54,7 @@ def test_the_layout_is_megatrons(tmp_path: Path) -> None:
     assert final.name == "iter_0000100"
     assert (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "100\n"
     files = json.loads((final / "manifest.json").read_text())["files"]
-    assert set(files) == {"common.pt", "shards/__0_0.distcp"}
+    assert set(files) == {*manifest.REQUIRED, "shards/__0_0.distcp"}
     assert files["common.pt"]["size"] == 6
     assert sorted(entry.name for entry in final.parent.iterdir()) == [final.name, publish.TRACKER]
     manifest.verify(final)

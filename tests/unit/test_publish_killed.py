@@ -18,7 +18,7 @@ from megatron_slm.train import manifest, publish
 SAVER = """
 import os, signal, sys
 from pathlib import Path
-from megatron_slm.train import publish
+from megatron_slm.train import manifest, publish
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 directory, second_step, kill_at = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -35,6 +35,8 @@ sys.addaudithook(count)
 for save, step in enumerate((100, second_step)):
     counting = save == 1
     temporary = publish.begin(directory, step)
+    for name in manifest.REQUIRED:
+        (temporary / name).touch()
     (temporary / "payload").write_text(f"save {save}")
     publish.publish(temporary, publish.checkpoint_path(directory, step))
 print(seen)
@@ -69,6 +71,8 @@ def test_every_file_operation(tmp_path: Path, second_step: int) -> None:
         # The next save tidies up without touching what it must not, and works.
         temporary = publish.begin(checkpoints, 200)
         assert payload_under_the_tracker(checkpoints) == survivors[-1]
+        for name in manifest.REQUIRED:
+            (temporary / name).touch()
         (temporary / "payload").write_text("after the kill")
         publish.publish(temporary, publish.checkpoint_path(checkpoints, 200))
         assert payload_under_the_tracker(checkpoints) == "after the kill"

@@ -109,9 +109,9 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="absent.jsonl"):
         screen(tmp_path / "absent.jsonl")
     (tmp_path / "yes.txt").write_text("Yes.\n\nNo.\n")
-    with pytest.raises(DataError, match=r"yes\.txt holds no text of 4 words or more"):
+    with pytest.raises(DataError, match=r"yes\.txt holds no text of 4 words or more.* with --decontaminate-key"):
         screen(tmp_path / "yes.txt")
     (tmp_path / "keys.jsonl").write_text(json.dumps({"question": QUESTION}) + "\n")
-    with pytest.raises(DataError, match='no string under "text"'):
+    with pytest.raises(DataError, match='no string under "text".*Name the right key with --decontaminate-key'):
         screen(tmp_path / "keys.jsonl")
     assert screen(tmp_path / "keys.jsonl", leakage_text_key="question")(QUESTION).reason == "leak:keys.jsonl"

@@ -71,12 +71,12 @@ def test_the_screen_judges_alike_in_another_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"near_duplicates": 0.0}, r"near_duplicates is 0.0, but a Jaccard similarity lies in \(0, 1\]"),
-        ({"near_duplicates": 1.1}, "near_duplicates is 1.1"),
-        ({"min_characters": -1}, "min_characters is -1"),
-        ({"max_characters": 0}, "max_characters is 0"),
-        ({"min_characters": 5, "max_characters": 4}, "max_characters is 4 and min_characters 5: no document"),
-        ({"leakage_ngram": 0}, "leakage_ngram is 0"),
+        ({"near_duplicates": 0.0}, r"--near-threshold is 0.0, but a Jaccard similarity lies in \(0, 1\]"),
+        ({"near_duplicates": 1.1}, "--near-threshold is 1.1"),
+        ({"min_characters": -1}, "--min-chars is -1, but .*; 0 drops"),
+        ({"max_characters": 0}, "--max-chars is 0 and --min-chars 0"),
+        ({"min_characters": 5, "max_characters": 4}, "--max-chars is 4 and --min-chars 5: no document"),
+        ({"leakage_ngram": 0}, "--ngram is 0"),
         ({"leakage_share": 1.0}, "leakage_share is 1.0"),
     ],
 )
@@ -88,6 +88,8 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], reason: str) -
 def test_an_unknown_language_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="does not know xx, english; it knows the ISO codes .* en .* fr "):
         Screen(QualityConfig(languages=("en", "xx", "english")))
+    with pytest.raises(DataError, match="--language is en,de, but codes are separated by spaces: --language en de"):
+        Screen(QualityConfig(languages=("en,de",)))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,8 @@ MINE, THEIRS = "a" * 64, "b" * 64
 def save(checkpoints: Path, step: int, *, identity: str = MINE, retention: Retention | None = None) -> Path:
     """A checkpoint whose payload is a few bytes."""
     temporary = publish.begin(checkpoints, step)
+    for name in manifest.REQUIRED:
+        (temporary / name).touch()
     (temporary / "__0_0.distcp").write_bytes(bytes([step]) * 1000)
     state = SavedState(
         step=step, consumed_samples=8 * step, cursor={}, layout={}, params_dtype="float32", tokenizer_hash=""
@@ -53,6 +57,18 @@ def rename_directory(checkpoint: Path) -> None:
     shutil.copytree(checkpoint.with_name("iter_0000010"), checkpoint)
 
 
+def edit(checkpoint: Path, **fields: object) -> None:
+    """Other values in the manifest."""
+    file = checkpoint / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def pipe(file: Path) -> None:
+    """A reader of it would wait for a writer that never comes."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped": (lambda path: flip(path / "__0_0.distcp"), "__0_0.distcp has the sha256"),
     "flipped state": (lambda path: flip(path / "state.json"), "state.json has the sha256"),
@@ -61,6 +77,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "renamed file": (lambda path: (path / "__0_0.distcp").rename(path / "__1_0.distcp"), "__0_0.distcp is missing"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
     "empty manifest": (lambda path: (path / "manifest.json").write_text(""), "manifest.json is damaged"),
+    "nested manifest": (lambda path: (path / "manifest.json").write_text("[" * 200_000), "manifest.json is damaged"),
+    "endless step": (lambda path: edit(path, step=math.inf), "manifest.json is damaged (OverflowError"),
+    "a manifest of nothing": (lambda path: edit(path, files={}), ".metadata is not listed in manifest.json"),
+    "one file more": (lambda path: (path / "__1_0.distcp").touch(), "__1_0.distcp is not listed in manifest.json"),
+    "a name of no file": (
+        lambda path: edit(path, files={"\0": {"size": 1, "sha256": ""}}),
+        "\0 cannot be read (embedded null byte)",
+    ),
+    "a pipe as manifest": (lambda path: pipe(path / "manifest.json"), "it is not a regular file"),
+    "a pipe as shard": (lambda path: pipe(path / "__0_0.distcp"), "__0_0.distcp cannot be read (it is not a regular"),
     "of another run": (swap_run, "it is of another run"),
     "renamed directory": (rename_directory, "named after step 20, but it was saved after step 10"),
 }
@@ -141,6 +167,32 @@ def test_an_older_schema_is_named(tmp_path: Path) -> None:
         read_state(path)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"cursor": None}, {"cursor": []}, {"layout": None}, {"records": [1]}, {"records": {"guard": "x"}},
+        {"records": {"guard": {"losses": 1}}}, {"records": {"guard": {"norms": ["x"]}}}, {"step": "1"}, {"parts": 1},
+        {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_a_state_of_other_kinds_is_damaged(tmp_path: Path, fields: dict[str, object]) -> None:
+    file = save(tmp_path, 10) / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        read_state(file.parent)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "\udcff", "{"])
+def test_a_state_that_is_no_record_is_damaged(tmp_path: Path, text: str) -> None:
+    file = save(tmp_path, 10) / "state.json"
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        read_state(file.parent)
+    pipe(file)
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+        read_state(file.parent)
+
+
 def steps(checkpoints: Path) -> list[int]:
     return list(publish.published(checkpoints))
 
@@ -200,6 +252,13 @@ def test_the_list_says_why_each_is_kept_and_verify_which_is_damaged(tmp_path: Pa
     assert [sound for _, sound in lines] == [False, True] and "DAMAGED: __0_0.distcp" in lines[0][0]
     (run / "checkpoints" / "iter_0000010" / "__0_0.distcp").unlink()
     assert "NO: __0_0.distcp is missing" in listing(run)
+
+
+def test_a_checkpoint_is_not_listed_as_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is one checkpoint, not a run: mslm checkpoint inspect"):
+        listing(save(tmp_path, 10))
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        listing(tmp_path / "nothing")
 
 
 def test_the_manifest_names_step_and_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ACCEPTED = [
     [TWO, "data.weights=kjv=1", "data.phases=9: code = 2e-1 kjv=3"],
     [TWO, "data.temperature=3"],
     [TWO, "data.phases=5: kjv=1"],
+    [TWO, "data.weights=kjv=9.54e-7,code=1"],
     [*AWARE, "train.eval_interval=10"],
     ["data.data_path=a", "data.replay_run=runs/old", "data.replay_share=0.2"],
     [MASK, "data.length_schedule=0: 64,1000: 128,2000: 256"],
@@ -74,6 +76,11 @@ REFUSED = [
     ([TWO, "data.phases=9: kjv=1,9: code=1"], ("'9: code=1' must begin after sample 9",)),
     ([TWO, "data.temperature=2", "data.weights=kjv=1,code=1"], ("data.temperature = 2.0", "nothing to do")),
     (["data.replay_share=0.1"], ("data.replay_share = 0.1", "data.replay_run = null", "runs/NAME")),
+    (
+        [TWO, "data.weights=kjv=1e-9,code=1"],
+        ("the share of kjv is below the smallest possible one, 1/1,048,576. Give it a weight of at least 9.54e-7",),
+    ),
+    ([TWO, "data.weights=kjv=1,code=1", "data.phases=5: kjv=1e999 code=1"], ("share of code is below", "9.54e+992")),
     (
         [TWO, "data.replay_run=r", "data.weights=kjv=1,code=1,replay=1"],
         ("share of replay is data.replay_share",),
@@ -131,5 +138,14 @@ def test_missing_inputs_of_every_source_are_named(tmp_path: Path) -> None:
     assert missing(f"data.sources=kjv={tmp_path}/a") == []
     (larger,) = missing(f"data.sources=kjv={tmp_path}/a", "model.vocab_size=400")
     assert "source kjv" in larger and "500 entries" in larger
+    for name, index in {
+        "b": {"tokenizer_hash": "x", "digest": "1"},
+        "c": {"tokenizer_hash": "y", "digest": "1"},
+    }.items():
+        (tmp_path / name / "train").mkdir(parents=True)
+        (tmp_path / name / "train" / "index.json").write_text(json.dumps({"vocab_size": 500, "eod_id": 0, **index}))
+    other, twins = missing(f"data.sources=kjv={tmp_path}/b,code={tmp_path}/c")
+    assert "kjv and code were made with different tokenizers" in other and "--tokenizer-model" in other
+    assert "kjv and code hold the same tokens" in twins and "data.sources = [" in twins
     (gone,) = missing(f"data.data_path={tmp_path}/a", f"data.replay_run={tmp_path}/old")
     assert "data.replay_run" in gone and "no such directory" in gone

@@ -77,13 +77,13 @@ def test_a_mixture_shares_by_size_by_temperature_or_by_weight(corpora: dict[str,
     assert weighted == {"doc": Fraction(7, 10), "code": Fraction(3, 10)}
 
 
-def test_identity_holds_what_is_read_first_and_not_in_which_shares(corpora: dict[str, Path]) -> None:
+def test_identity_leaves_sources_and_shares_to_the_cursor(corpora: dict[str, Path]) -> None:
     def of(*overrides: str) -> dict[str, object]:
         config = mixture_of(corpora, *overrides)
         return dict(identity(config, open_data(config))["data"])
 
     assert of("data.weights=doc=0.7,code=0.3") == of("data.weights=doc=0.5,code=0.5", "data.phases=9: doc=1")
-    assert of("data.weights=doc=1,code=1") != of("data.weights=doc=1", "data.phases=9: code=1")
+    assert of("data.weights=doc=1,code=1") == of("data.weights=doc=1", "data.phases=9: code=1")
     assert of() != of("data.reset_attention_mask=true")
     one = config_of(f"data.data_path={corpora['argparse']}")
     assert identity(one, open_data(one))["data"] == of("data.weights=doc=1", "data.phases=9: code=1")
@@ -112,6 +112,8 @@ def checkpoint_of(directory: Path, overrides: list[str], cursor: Cursor) -> Path
         params_dtype="float32",
         tokenizer_hash=cursor.tokenizer_hash,
     )
+    for name in manifest.REQUIRED:
+        (path / name).touch()
     (path / STATE_FILE).write_text(state.to_json())
     (path / "config.yaml").write_text(load(None, overrides).to_yaml())
     manifest.seal(path, step=2, identity="")
@@ -155,7 +157,12 @@ def test_a_corpus_of_the_replayed_run_that_changed_or_moved_is_refused(
     replayed = checkpoint_of(tmp_path / "old", earlier, Cursor.start(before.order, before.tokenizer.hash).advance(8))
     config = config_of(f"data.data_path={corpora['ast']}", f"data.replay_run={replayed}")
     assert "replay" in open_data(config).train
+    shutil.copytree(moving, tmp_path / "elsewhere")
     shutil.rmtree(moving)
+    noted = replayed.parent.parent / "data.json"
+    noted.write_text(json.dumps({"sources": {"moving": {"directory": str(tmp_path / "elsewhere")}}}))
+    assert "replay" in open_data(config).train
+    noted.unlink()
     with pytest.raises(DataError, match=r"data.replay_run=.* cannot be replayed: .*moving.* does not exist"):
         open_data(config)
     shutil.copytree(corpora["other"], moving)
@@ -188,3 +195,28 @@ def test_inspect_shows_source_shares_and_text(
     assert main(["data", "inspect", *own, f"model.seq_length={LENGTH}", "--index", "0"]) == 0
     text = capsys.readouterr().out
     assert "source replay" in text and "replayed from position" in text
+
+
+def test_inspect_shows_what_the_run_has_read_under_shares_it_decided_itself(
+    corpora: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sources = f"data.sources=doc={corpora['argparse']},code={corpora['ast']}"
+    aware = ["data.loss_aware_strength=1", "train.eval_interval=2", f"log.runs_dir={tmp_path}", "name=aware"]
+    options = [sources, "data.weights=doc=0.7,code=0.3", f"model.seq_length={LENGTH}", *aware]
+    data = open_data(load(None, options).config)
+    start = Cursor.start(data.order, data.tokenizer.hash).advance(10)
+    moved = start.with_phase({"doc": Fraction(1, 10), "code": Fraction(9, 10)}).advance(10)
+    position = next(at for at in range(10, 20) if moved.order.sample_id(at) != data.order.sample_id(at))
+    assert main(["data", "inspect", *options, "--index", str(position)]) == 0
+    told = capsys.readouterr()
+    assert f"source {data.order.sample_id(position).source}," in told.out and "not before the 0 that" in told.err
+    checkpoint = checkpoint_of(tmp_path / "aware", options, moved)
+    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("2")
+    assert main(["data", "inspect", *options, "--index", str(position)]) == 0
+    told = capsys.readouterr()
+    assert f"source {moved.order.sample_id(position).source}," in told.out and not told.err
+    assert "shares from sample 10 on, by held-out loss" in told.out
+    assert main(["data", "inspect", *options, "--index", "20"]) == 0
+    assert "sample 20 is not before the 20" in capsys.readouterr().err
+    assert main(["data", "inspect", *options, "train.seed=5", "--index", "3"]) == 0
+    assert "shown as configured" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ IDENTITY: dict[str, Any] = {
     "data": {"dataset_digest": "abc", "reset_attention_mask": False},
     "seed": 1234,
 }
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a few bytes: what a full disk does, by the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def resolved(tmp_path: Path, *overrides: str) -> Resolved:
@@ -125,6 +136,17 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "first" / "thesis.tex").write_text("x")
     with pytest.raises(CheckpointError, match=r"first exists but holds no run"):
         start(tmp_path)
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path: Path, full_disk: None) -> None:
+    with pytest.raises(CheckpointError, match=r"first cannot be written \(File too large\); make room there"):
+        start(tmp_path)
+
+
+def test_a_file_where_runs_lie_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("x")
+    with pytest.raises(CheckpointError, match=r"first cannot be written \(Not a directory\)"):
+        start(tmp_path / "runs")
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ class Screening:
         return len(self.starts) - 1
 
     def keeps(self, document: int) -> bool:
-        """Whether document number ``document`` is kept."""
-        return bool(self.codes[document] == KEPT)
+        """Whether document number ``document`` is kept; one that was not there at the first reading is not."""
+        return document < len(self.codes) and bool(self.codes[document] == KEPT)
 
     def kept(self, chunk: int) -> np.ndarray:
         """[documents of the chunk] bool."""

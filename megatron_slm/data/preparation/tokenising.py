@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from megatron_slm.data.preparation.staging import Staging, say, sync_tree, writi
 from megatron_slm.data.preparation.workers import map_in_order
 from megatron_slm.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_slm.data.tokenizer_sentencepiece import SentencePieceModel
+from megatron_slm.errors import DataError
 
 TOKENIZER_TRAINING_CHARACTERS = 200_000_000
 """From a larger train split, a deterministic share of the documents is drawn for the tokenizer: it trains in memory."""
@@ -77,7 +78,12 @@ def tokenise(staging: Staging, reader: Reader, screening: Screening, tokenizer: 
         say(f"{found} of {screening.num_chunks} chunks were tokenised by an earlier start and are kept")
     if not missing:
         return
-    tasks = ((chunk, screening.kept(chunk.number)) for chunk in reader.chunks() if chunk.number in missing)
+    tasks = (
+        (chunk, screening.kept(chunk.number))
+        for chunk in reader.chunks()
+        # A chunk of another length is of a file that has changed, which its reader refuses by name at its end.
+        if chunk.number in missing and len(chunk.documents) == len(screening.kept(chunk.number))
+    )
     encoder = Encoder(tokenizer, reader.scrub)
     started, num_documents = time.monotonic(), sum(len(screening.kept(number)) for number in missing)
     # disable=None: no bar unless standard error is a terminal.
@@ -107,11 +113,29 @@ def _train(directory: Path, reader: Reader, request: Request, screening: Screeni
         and request.split_of(number) == "train"
         and in_tokenizer_sample(request.seed, number, share)
     )
-    tokenizer = train_tokenizer(
-        texts, request.vocab_size, directory / SentencePieceModel.file_name, model_type=request.tokenizer_type
-    )
+    refused: list[DataError] = []
+    try:
+        tokenizer = train_tokenizer(
+            _recording(texts, refused),
+            request.vocab_size,
+            directory / SentencePieceModel.file_name,
+            model_type=request.tokenizer_type,
+        )
+    except DataError:
+        if refused:
+            raise refused[0] from refused[0].__cause__
+        raise
     trained_on = "train split" if share == 1.0 else f"{share:.3f} of the train split's documents"
     tokenizer.save(directory, trained_on=trained_on)
+
+
+def _recording(texts: Iterable[str], refused: list[DataError]) -> Iterator[str]:
+    """``texts``; what reading them raises is kept, because sentencepiece puts it into words of its own."""
+    try:
+        yield from texts
+    except DataError as error:
+        refused.append(error)
+        raise
 
 
 def _narrow(ids: Sequence[int] | np.ndarray) -> np.ndarray:

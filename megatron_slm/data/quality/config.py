@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.data.readers import require_regular
 from megatron_slm.data.shards import file_sha256
 from megatron_slm.errors import DataError
 
@@ -46,17 +47,19 @@ class QualityConfig:
     def __post_init__(self) -> None:
         if self.near_duplicates is not None and not 0.0 < self.near_duplicates <= 1.0:
             raise DataError(
-                f"near_duplicates is {self.near_duplicates}, but a Jaccard similarity lies in (0, 1]; 0.8 is usual."
+                f"--near-threshold is {self.near_duplicates}, but a Jaccard similarity lies in (0, 1]; 0.8 is usual."
             )
         if self.min_characters < 0:
-            raise DataError(f"min_characters is {self.min_characters}, but a length is at least 0.")
+            raise DataError(
+                f"--min-chars is {self.min_characters}, but a length is at least 0; 0 drops no short document."
+            )
         if self.max_characters is not None and self.max_characters < max(1, self.min_characters):
             raise DataError(
-                f"max_characters is {self.max_characters} and min_characters {self.min_characters}: no document is "
-                "between them. Raise the one or lower the other."
+                f"--max-chars is {self.max_characters} and --min-chars {self.min_characters}: no document with text is "
+                "between them. Raise --max-chars or lower --min-chars."
             )
         if self.leakage_ngram < 1:
-            raise DataError(f"leakage_ngram is {self.leakage_ngram}, but an n-gram has at least one word; 13 is usual.")
+            raise DataError(f"--ngram is {self.leakage_ngram}, but an n-gram has at least one word; 13 is usual.")
         if not 0.0 <= self.leakage_share < 1.0:
             raise DataError(f"leakage_share is {self.leakage_share}, but it lies in [0, 1); 0 drops any overlap.")
         for package, use in self._packages().items():
@@ -107,6 +110,7 @@ NOTHING = QualityConfig()
 
 
 def _sha256(path: Path) -> str:
+    require_regular(path)
     try:
         return file_sha256(path)
     except OSError as error:

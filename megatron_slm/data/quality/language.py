@@ -23,6 +23,8 @@ def check_languages(languages: Sequence[str]) -> None:
 
     known = {name for name, _ in langid.rank("")}
     unknown = [name for name in languages if name not in known]
+    if any("," in name for name in unknown):
+        raise DataError(f"--language is {' '.join(languages)}, but codes are separated by spaces: --language en de.")
     if unknown:
         raise DataError(
             f"The language filter does not know {', '.join(unknown)}; it knows the ISO codes {' '.join(sorted(known))}."

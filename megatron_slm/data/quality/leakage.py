@@ -19,6 +19,8 @@ from megatron_slm.errors import DataError
 FEWEST_WORDS = 4
 """Shorter evaluation texts ("Yes.") are no evidence, would remove most of a corpus, and are not looked for."""
 
+KEY_OPTION = "--decontaminate-key"
+
 
 @dataclass(frozen=True)
 class Leak:
@@ -99,7 +101,8 @@ class LeakageIndex:
     def _read(self, name: str, path: Path, text_key: str) -> None:
         (source,) = open_sources([path])
         wanted = False
-        for document, text in enumerate(read_documents(source, text_key=text_key, text_unit="paragraph")):
+        texts = read_documents(source, text_key=text_key, text_unit="paragraph", key_option=KEY_OPTION)
+        for document, text in enumerate(texts):
             sequence, place = words(text), _Place(len(self.files), document)
             if len(sequence) < self._head:
                 continue
@@ -113,7 +116,7 @@ class LeakageIndex:
         if not wanted:
             raise DataError(
                 f"The evaluation file {path} holds no text of {self._head} words or more, so nothing can be looked "
-                "for. Name the right file, or the right key with leakage_text_key."
+                f"for. Name the right file, or the right key with {KEY_OPTION}."
             )
         self.files.append(name)
 
