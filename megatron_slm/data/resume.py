@@ -55,8 +55,8 @@ def check_resume(saved: Cursor, current: Cursor, before: DataConfig | None = Non
             f"The samples after {saved.consumed_samples} would not be those the saved run would have read next; "
             "samples already trained on would come again and others never:\n" + "\n".join(changed) + "\n"
             "To read other corpora from here on, keep these in data.sources, name the others beside them and add an "
-            f"entry of data.phases such as '{saved.consumed_samples}: NAME=NUMBER ...'; to train these weights on other "
-            "data alone, start a new run with checkpoint.pretrained_checkpoint."
+            f"entry of data.phases such as '{saved.consumed_samples}: NAME=NUMBER ...'; to train these weights on "
+            "other data alone, start a new run with checkpoint.pretrained_checkpoint."
         )
     earlier = [_renamed(phase, _names(saved.order, current.order)) for phase in saved.order.phases]
     after = [phase for phase in current.order.phases if not phase.adaptive]

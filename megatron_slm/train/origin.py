@@ -118,7 +118,7 @@ def is_finite(state: TrainState) -> bool:
     for inner in inner_optimizers(state.optimizer):
         tensors += [value for values in inner.optimizer.state.values() for value in values.values()]
         tensors += [parameter.data for group in inner.optimizer.param_groups for parameter in group["params"]]
-    # The sum is not finite where an element is not, in one pass; where it merely overflows, the elements are looked at.
+    # A sum is not finite where an element is not, in one pass; where it merely overflows, the elements are looked at.
     sums = torch.stack([tensor.sum().to(torch.float64) for tensor in tensors])
     bad = not bool(torch.isfinite(sums).all()) and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
     flag = torch.tensor([int(bad)], device=tensors[0].device)
@@ -129,8 +129,8 @@ def is_finite(state: TrainState) -> bool:
 def _refuse_moved(named: str | None, run: Path) -> None:
     if named is not None and run.resolve() in (Path(named).resolve(), *Path(named).resolve().parents):
         raise CheckpointError(
-            f"checkpoint.pretrained_checkpoint = {named} lies in the run that --fresh moves aside; choose another name= "
-            "for the new run"
+            f"checkpoint.pretrained_checkpoint = {named} lies in the run that --fresh moves aside; choose another "
+            "name= for the new run"
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_slm.cli import main
+from megatron_slm.train import manifest
 from tests import runs
 
 TP2 = ("parallel.tensor_model_parallel_size=2", "checkpoint.save_interval=2", "train.train_iters=6")
@@ -75,6 +77,9 @@ def test_the_verbs_refuse_in_one_sentence(tmp_path: Path, run: Path, capsys: pyt
     shutil.copytree(run, copy)
     newest = runs.checkpoint_path(copy, 6)
     flip(newest / "state.json")
+    oldest, other = runs.checkpoint_path(run, 2), tmp_path / "other" / "iter_0000004"
+    shutil.copytree(runs.checkpoint_path(run, 4), other)
+    manifest.seal(other, step=4, identity="of another run")
     assert main(["checkpoint", "verify", str(copy)]) == 2
     assert "iter_0000006: DAMAGED: state.json has the sha256" in capsys.readouterr().out
     for tokens, told in (
@@ -84,9 +89,34 @@ def test_the_verbs_refuse_in_one_sentence(tmp_path: Path, run: Path, capsys: pyt
         (["average", str(run), "--last", "9", "--output", str(tmp_path / "out")], "fewer than --last 9"),
         (["average", str(run), "--output", str(tmp_path / "out")], "two checkpoints or more"),
         (["average", str(run), "--last", "2", "--output", str(tmp_path)], "exists; name another --output"),
+        (
+            ["average", str(oldest), str(run), "--output", str(tmp_path / "out")],
+            "is a run's directory, not a checkpoint",
+        ),
+        (["average", str(oldest), str(other), "--output", str(tmp_path / "out")], "are of different runs"),
+        (["average", str(oldest), f"{run}/../run/checkpoints/iter_0000002", "--output", str(tmp_path / "out")], "once"),
+        (["average", str(run), "--last", "2", "--output", "/proc/out"], "/proc/out could not be written (No such file"),
+        (["average", str(run), "--last", "2", "--output", str(newest / "state.json" / "out")], "could not be written"),
         (["list", str(tmp_path / "nothing")], "holds no checkpoint"),
+        (["list", str(newest)], "is one checkpoint, not a run"),
     ):
         assert main(["checkpoint", *tokens]) == 2
         error = capsys.readouterr().err
         assert told in error and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_an_average_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str], limit: int
+) -> None:
+    """No file may grow beyond ``limit`` bytes: what a full disk does, by the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        code = main(["checkpoint", "average", str(run), "--last", "2", "--output", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    error = capsys.readouterr().err
+    assert code == 2 and "out could not be written (File too large); nothing is left of it" in error
+    assert "Traceback" not in error and list(tmp_path.iterdir()) == []

@@ -135,6 +135,50 @@ def test_a_reader_of_single_entries_refuses_it(tmp_path: Path, run: Path, place:
     assert not mark.exists()
 
 
+def broken_metadata(path: Path) -> None:
+    (path / "metadata.json").write_text("{")
+
+
+def no_metadata_record(path: Path) -> None:
+    (path / "metadata.json").write_text("[]")
+
+
+def empty_shards(path: Path) -> None:
+    for file in path.glob("*.distcp"):
+        file.write_bytes(b"")
+
+
+def zeroed_shards(path: Path) -> None:
+    for file in path.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [broken_metadata, no_metadata_record, empty_shards, zeroed_shards])
+def test_what_is_damaged_with_agreeing_hashes_is_called_so(
+    tmp_path: Path, run: Path, data: Path, damage: Callable[[Path], None]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = runs.checkpoint_path(copy, 1)
+    damage(path)
+    manifest.seal(path, step=1, identity=manifest.read_manifest(path).identity)
+    start = f"checkpoint.pretrained_checkpoint={copy}"
+    with pytest.raises(RankFailure, match="damaged") as failure:
+        runs.train(tmp_path / "tuned", data, 1, "train.train_iters=1", "train.eval_iters=0", start)
+    assert failure.value.code == 2 and "Traceback" not in str(failure.value)
+    assert "check that the model section" not in str(failure.value)
+
+
+def test_a_plain_pickle_is_refused_without_torchs_advice(
+    tmp_path: Path, run: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (tmp_path / "common.pt").write_bytes(pickle.dumps(Payload(tmp_path / "it-ran")))
+    with pytest.raises(CheckpointError, match="nothing was run"):
+        read_common(tmp_path)
+    assert not [one for one in recwarn if issubclass(one.category, UserWarning)]
+    assert not (tmp_path / "it-ran").exists()
+
+
 def test_torch_itself_would_run_it(tmp_path: Path, run: Path) -> None:
     """The payload is live: torch's own reader of the index makes the mark."""
     copy, mark = plant(run, tmp_path, "metadata")
