@@ -61,7 +61,7 @@ def _forward(data: Any, model: Any) -> tuple[Any, Any]:
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, lambda value: (value, batch["loss_mask"].sum().int(), {"lm loss": value.detach()})
+    return output, lambda value: (value[0].clone(), batch["loss_mask"].sum().int(), {"lm loss": value[0].detach()})
 
 
 def synthetic(count: int, samples: int, seq_length: int) -> list[dict[str, Any]]:
