@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 from collections.abc import Iterator
@@ -22,13 +23,15 @@ IDENTITY: dict[str, Any] = {
 }
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond a few bytes: what a full disk does, by the same way."""
+    """No file may grow beyond a few bytes: what a full disk does, by the same way. Nor may the log of the tests."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def resolved(tmp_path: Path, *overrides: str) -> Resolved:
@@ -138,8 +141,9 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
         start(tmp_path)
 
 
-def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path: Path, full_disk: None) -> None:
-    with pytest.raises(CheckpointError, match=r"first cannot be written \(File too large\); make room there"):
+def test_a_disk_that_takes_no_more_is_one_sentence(tmp_path: Path) -> None:
+    told = r"first cannot be written \(File too large\); make room there"
+    with full_disk(), pytest.raises(CheckpointError, match=told):
         start(tmp_path)
 
 
