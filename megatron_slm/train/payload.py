@@ -134,9 +134,13 @@ class WeightsOnlyLoad(LoadShardedStrategy):
         """Objects (random states) are in the same files as tensors."""
         return True
 
-    def load_tensors_metadata(self, checkpoint_dir: Path) -> Any:
-        """Not needed: ``read_index`` says it without torch."""
-        raise NotImplementedError("payload_index.read_index lists the tensors of a checkpoint")
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> dict[str, ShardedTensor]:
+        """Name -> global shape and dtype of every tensor, without its data, as core asks for it."""
+        tensors = read_index(Path(checkpoint_dir)).tensors
+        shapes = {
+            name: torch.empty(t.shape, dtype=getattr(torch, t.dtype), device="meta") for name, t in tensors.items()
+        }
+        return {name: ShardedTensor.from_rank_offsets(name, shape).without_data() for name, shape in shapes.items()}
 
     def check_backend_compatibility(self, loaded_version: Any) -> None:
         """The manifest's and the state's versions decide."""
