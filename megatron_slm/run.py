@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
 
 from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
@@ -74,6 +76,15 @@ class Run(NamedTuple):
     def inputs(self) -> Iterator[StepInput]:
         """Global batches from wherever the state's cursor stands."""
         return pretrain.step_inputs(self.loader, self.state, batch_sizes(self.resolved.config), self.plan.device)
+
+
+class BuiltModel(NamedTuple):
+    """A rank's wrapped chunks, their optimizer and random streams, and why the layers are what they are."""
+
+    chunks: list[nn.Module]
+    optimizer: MegatronOptimizer
+    random: RandomState
+    reason: str
 
 
 def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = False) -> int:
@@ -187,6 +198,15 @@ def build_state(
     config: RunConfig, data: Data, groups: Any, device: torch.device, vocab_size: int
 ) -> tuple[TrainState, str]:
     """Model, gradient buffers, optimizer and random streams of a new run, and why its layers are what they are."""
+    model = build_model(config, groups, device, vocab_size)
+    state = TrainState(model.chunks, model.optimizer, model.random, Cursor.start(data.order, data.tokenizer.hash))
+    if config.train.ema_decay is not None:
+        state.parts["ema"] = Ema(model.optimizer, model.chunks, decay=config.train.ema_decay, groups=groups)
+    return state, model.reason
+
+
+def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> BuiltModel:
+    """What a configuration alone decides of a rank's state, without any data."""
     random = RandomState(config.train.seed, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
     spec, norm, reason = choose_spec(device.type, packed_documents=config.data.reset_attention_mask)
@@ -218,10 +238,7 @@ def build_state(
         width_multiplier=config.model.width_multiplier,
     )
     initialise_state(optimizer)
-    state = TrainState(chunks, optimizer, random, Cursor.start(data.order, data.tokenizer.hash))
-    if config.train.ema_decay is not None:
-        state.parts["ema"] = Ema(optimizer, chunks, decay=config.train.ema_decay, groups=groups)
-    return state, reason
+    return BuiltModel(chunks, optimizer, random, reason)
 
 
 def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:

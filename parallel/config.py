@@ -25,7 +25,17 @@ class ParallelConfig:
         None, "layer chunks per pipeline rank (vpp); more than 1 is the interleaved schedule", minimum=1
     )
     context_parallel_size: int = option(1, "ranks that share each sequence (cp)", minimum=1)
+    cp_comm_type: str = option(
+        "p2p", "how cp ranks exchange keys and values: in a ring, or gathered at once", choices=("p2p", "all_gather")
+    )
     expert_model_parallel_size: int = option(1, "ranks that share the experts (ep)", minimum=1)
+    expert_tensor_parallel_size: int | None = option(
+        None, "ranks that share each expert's matrices; default tensor_model_parallel_size", minimum=1
+    )
+    moe_token_dispatcher_type: str = option(
+        "alltoall", "how tokens reach their experts' ranks", choices=("alltoall", "allgather")
+    )
+    moe_grouped_gemm: bool = option(False, "all experts of a rank in one kernel; needs Transformer Engine")
     sequence_parallel: bool = option(False, "divide norms and dropouts over tp along the sequence")
     account_for_embedding_in_pipeline_split: bool = option(
         False, "count the embedding as one layer of the pipeline split"
@@ -46,6 +56,11 @@ class ParallelConfig:
         None, "collectives; default nccl on cuda, gloo on cpu", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer ends the run", minimum=0.01)
+
+    @property
+    def expert_tp_size(self) -> int:
+        """Ranks that share each expert's matrices."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
     def vpp_size(self) -> int:

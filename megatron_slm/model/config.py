@@ -49,6 +49,67 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = option(True, "separate matrices for embedding and output")
     attention_dropout: float = option(0.0, "dropout of the attention probabilities", minimum=0.0, below=1.0)
     hidden_dropout: float = option(0.0, "dropout after attention, MLP and embedding", minimum=0.0, below=1.0)
+    num_moe_experts: int | None = option(
+        None, "experts of a mixture-of-experts layer; default none, a dense model", minimum=1
+    )
+    moe_layer_freq: int = option(1, "every so many layers is a mixture of experts, counted from the first", minimum=1)
+    moe_first_dense_layers: int = option(
+        0, "this many first layers are dense whatever moe_layer_freq says (DeepSeek's first_k_dense_replace)", minimum=0
+    )
+    moe_ffn_hidden_size: int | None = option(None, "inner width of one expert; default ffn_hidden_size", minimum=1)
+    moe_router_topk: int = option(2, "experts that each token is sent to", minimum=1)
+    moe_router_score_function: str = option(
+        "softmax", "what turns the router's logits into weights", choices=("softmax", "sigmoid")
+    )
+    moe_router_pre_softmax: bool = option(
+        False, "softmax over all experts before the choice; false is over the chosen ones"
+    )
+    moe_router_num_groups: int | None = option(
+        None, "groups of experts, of which moe_router_group_topk are considered for a token", minimum=1
+    )
+    moe_router_group_topk: int | None = option(None, "groups considered for a token", minimum=1)
+    moe_router_topk_scaling_factor: float | None = option(None, "factor of the chosen experts' weights", above=0.0)
+    moe_router_enable_expert_bias: bool = option(
+        False, "balance by a bias that moves against the load after every step (arXiv 2408.15664)"
+    )
+    moe_router_bias_update_rate: float = option(1e-3, "how far that bias moves in a step", minimum=0.0)
+    moe_router_load_balancing_type: str = option(
+        "none",
+        "balancing loss: over the micro-batch, or over each sample",
+        choices=("none", "aux_loss", "seq_aux_loss"),
+    )
+    moe_aux_loss_coeff: float = option(0.0, "coefficient of the balancing loss", minimum=0.0)
+    moe_z_loss_coeff: float = option(0.0, "coefficient of the router's z-loss (arXiv 2202.08906)", minimum=0.0)
+    moe_shared_expert_intermediate_size: int | None = option(
+        None, "inner width of the expert that every token passes; default none", minimum=1
+    )
+    moe_shared_expert_gate: bool = option(False, "a learned gate in front of the shared expert (Qwen2-MoE)")
+    moe_expert_capacity_factor: float | None = option(
+        None,
+        "largest load of an expert, times the average load; tokens above it are dropped. Default dropless",
+        above=0.0,
+    )
+    moe_token_drop_policy: str = option(
+        "probs", "which tokens stay below the capacity: the most probable or the first", choices=("probs", "position")
+    )
+    qk_layernorm: bool = option(False, "a norm of every query and key head (Qwen3); of the latents with MLA")
+    multi_latent_attention: bool = option(False, "keys and values from a shared latent (MLA, arXiv 2405.04434)")
+    q_lora_rank: int | None = option(
+        None, "rank of MLA's query latent; default none, queries are projected at once", minimum=1
+    )
+    kv_lora_rank: int = option(512, "rank of MLA's key/value latent", minimum=1)
+    qk_head_dim: int = option(128, "channels of an MLA query/key head that carry no position", minimum=1)
+    qk_pos_emb_head_dim: int = option(64, "channels of an MLA query/key head that are rotated", minimum=2)
+    v_head_dim: int = option(128, "channels of an MLA value head", minimum=1)
+    rope_type: str = option("rope", "rotary frequencies of MLA", choices=("rope", "yarn"))
+    rotary_scaling_factor: float = option(40.0, "YaRN's factor (rope_type=yarn)", minimum=1.0)
+    original_max_position_embeddings: int = option(4096, "length YaRN extends from", minimum=1)
+    mscale: float = option(1.0, "YaRN's attention factor", minimum=0.0)
+    mscale_all_dim: float = option(0.0, "YaRN's attention factor over all channels", minimum=0.0)
+    mtp_num_layers: int | None = option(
+        None, "further tokens predicted at each position, each by a layer of its own (MTP, arXiv 2412.19437)", minimum=1
+    )
+    mtp_loss_scaling_factor: float = option(0.1, "weight of the mean loss of those predictions", minimum=0.0)
     init_method_std: float = option(0.02, "standard deviation of initial weights", above=0.0)
     mup_base_hidden_size: int | None = option(
         None,
@@ -72,6 +133,17 @@ class ModelConfig:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return -(-(8 * self.hidden_size // 3) // 64) * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """Inner width of one expert's MLP (of one of the two halves, when gated)."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether ``layer``, counted from 0 over the whole model, is a mixture of experts."""
+        if self.num_moe_experts is None or layer < self.moe_first_dense_layers:
+            return False
+        return layer % self.moe_layer_freq == 0
 
     @property
     def position_limit(self) -> int:
