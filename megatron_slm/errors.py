@@ -21,6 +21,12 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class ConversionError(UserError):
+    """What was converted is not what it was made from; nothing of it is published."""
+
+    exit_code = 1
+
+
 class LogError(UserError):
     """The run's directory cannot be written any more; what was saved stays."""
 

@@ -40,7 +40,6 @@ from megatron_slm.run_hooks import (
     build_hooks,
     build_interventions,
     identity_digest,
-    layout_record,
     open_log,
     stop_rule,
     writes_log,
@@ -56,6 +55,7 @@ from megatron_slm.train.optimizer_state import initialise_state
 from megatron_slm.train.origin import Origin, restore, verify_origin
 from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
+from megatron_slm.train.saved_state import layout_record
 from megatron_slm.train.schedule import learning_rate
 from megatron_slm.train.step import StepInput, StepPlan, TrainState
 
@@ -75,7 +75,7 @@ class Run(NamedTuple):
 
     def inputs(self) -> Iterator[StepInput]:
         """Global batches from wherever the state's cursor stands."""
-        return pretrain.step_inputs(self.loader, self.state, batch_sizes(self.resolved.config), self.plan.device)
+        return pretrain.step_inputs(self.loader, self.state, batch_sizes(self.resolved.config), self.plan)
 
 
 class BuiltModel(NamedTuple):
@@ -207,9 +207,9 @@ def build_state(
 
 def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> BuiltModel:
     """What a configuration alone decides of a rank's state, without any data."""
-    random = RandomState(config.train.seed, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
+    random = RandomState(config.train.seed, dp_rank=groups.dp_cp.rank(), pp_rank=groups.pp.rank())
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
-    spec, norm, reason = choose_spec(device.type, packed_documents=config.data.reset_attention_mask)
+    spec, norm, reason = choose_spec(device.type, config.model, packed_documents=config.data.reset_attention_mask)
     chunks = build_chunks(
         config.model,
         core,
@@ -256,7 +256,7 @@ def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
 def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
     """What every step of the run has in common."""
     return StepPlan(
-        loss=pretrain.loss_function(config.train),
+        loss=pretrain.loss_function(config.train, config.model),
         learning_rate=partial(
             learning_rate, schedule=config.schedule, optimizer=config.optimizer, train_iters=config.train.train_iters
         ),
@@ -264,5 +264,5 @@ def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
         seq_length=config.model.seq_length,
         groups=groups,
         device=device,
-        logged=pretrain.logged(config.train),
+        logged=pretrain.logged(config.train, config.model),
     )

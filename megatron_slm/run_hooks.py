@@ -15,7 +15,7 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.loader import TrainLoader
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
-from megatron_slm.model.counts import flops_per_token, parameters
+from megatron_slm.model.counts import flops_per_token, parameters_text
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.groups import background_group
@@ -35,8 +35,9 @@ from megatron_slm.train.metrics import Throughput
 from megatron_slm.train.metrics_writer import MetricsWriter
 from megatron_slm.train.noise_scale import NoiseScale
 from megatron_slm.train.retention import Retention
+from megatron_slm.train.router_statistics import RouterStatistics
 from megatron_slm.train.run_directory import RunDirectory
-from megatron_slm.train.saved_state import SavedState
+from megatron_slm.train.saved_state import SavedState, layout_record
 from megatron_slm.train.step import StepPlan, TrainState
 
 
@@ -50,12 +51,13 @@ def build_hooks(
     directory: RunDirectory,
     log: MetricsWriter | None,
 ) -> list[Hook]:
-    """Log, averages, measurements, validation, checkpoint.
+    """What the log's line shows of the experts, log, averages, measurements, validation, checkpoint.
 
     At the end they are called in reverse: the save comes first, the log closes last.
     """
     config = resolved.config
-    hooks: list[Hook] = [log] if log is not None else []
+    hooks: list[Hook] = [router_statistics(config, log)] if config.model.num_moe_experts is not None else []
+    hooks += [log] if log is not None else []
     hooks += [part for part in state.parts.values() if isinstance(part, Hook)]
     hooks += dynamics_hooks(config, plan, log)
     if config.train.eval_iters:
@@ -69,6 +71,12 @@ def build_hooks(
     return hooks
 
 
+def router_statistics(config: RunConfig, log: MetricsWriter | None) -> RouterStatistics:
+    """Measures the load of the experts for every line of the log."""
+    write = log.beside_step if log is not None else None
+    return RouterStatistics(config.log.log_interval, config.train.train_iters, config.model, write)
+
+
 def dynamics_hooks(config: RunConfig, plan: StepPlan, log: MetricsWriter | None) -> list[Hook]:
     """What measures the training itself, where it is asked for."""
     hooks: list[Hook] = []
@@ -76,7 +84,15 @@ def dynamics_hooks(config: RunConfig, plan: StepPlan, log: MetricsWriter | None)
     if config.log.noise_scale_interval is not None:
         hooks.append(NoiseScale(config.log.noise_scale_interval, plan, write))
     if config.log.layer_norms_interval is not None:
-        hooks.append(LayerNorms(config.log.layer_norms_interval, config.model.num_layers, plan.groups, write))
+        hooks.append(
+            LayerNorms(
+                config.log.layer_norms_interval,
+                config.model.num_layers,
+                plan.groups,
+                write,
+                predictions=config.model.mtp_num_layers or 0,
+            )
+        )
     return hooks
 
 
@@ -135,11 +151,6 @@ def checkpoint_hook(
 def identity_digest(resolved: Resolved, data: Data) -> str:
     """Digest of what makes two runs the same run; every checkpoint carries it."""
     return run_directory.digest(run_directory.identity_fields(resolved, identity(resolved.config, data)))
-
-
-def layout_record(layout: Layout) -> dict[str, int]:
-    """The degrees under which random states have their owners."""
-    return {"world_size": layout.world_size, "vpp": layout.vpp_size, **layout.sizes}
 
 
 def batch_sizes(config: RunConfig) -> Callable[[int], int]:
@@ -206,7 +217,7 @@ def open_log(
 def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
     """How a run's log begins: the model, how it is divided, why its kernels are what they are, where it starts."""
     degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
-    log.say(f"{config.name}: {parameters(config.model, vocab_size):,} parameters, vocabulary {vocab_size:,}")
+    log.say(f"{config.name}: {parameters_text(config.model, vocab_size)} parameters, vocabulary {vocab_size:,}")
     log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")
     for line in reasons:
         log.say(line)

@@ -81,7 +81,7 @@ def measurement(config: RunConfig, data: Data, plan: StepPlan) -> Callable[[Trai
 
     def measure_one(state: TrainState, loader: ValidLoader) -> HeldOut:
         steps = loader.steps(config.train.eval_iters, config.train.global_batch_size, multiple=multiple)
-        on_device = ([pretrain.to_device(batch, plan.device) for batch in step] for step in steps)
+        on_device = ([pretrain.local_batch(batch, plan) for batch in step] for step in steps)
         return held_out(
             state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
         )

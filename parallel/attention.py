@@ -1,7 +1,8 @@
 """Core attention through torch's scaled_dot_product_attention: causal, grouped queries, packed documents.
 
-Never holds an S x S score matrix. Shapes: S sequence, B batch, N query heads of this tp rank, G key/value heads of this
-tp rank, D head dimension.
+Never holds an S x S score matrix; over several cp ranks it is that of ``parallel/ring.py``. Shapes: S sequence, B
+batch, N query heads of this tp rank, G key/value heads of this tp rank, D width of queries and keys, E width of values
+(equal to D but for multi-latent attention).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_slm.parallel.block_attention import of_one_width
+from megatron_slm.parallel.ring import Exchange, attend, exchange
+
 QUERY_BLOCK = 128  # rows of one block where no fused kernel exists; 128 x S probabilities live at a time
 
 
@@ -21,8 +25,8 @@ class SelfAttentionCore(nn.Module):
     """Drop-in for core's ``DotProductAttention`` (same constructor and call).
 
     ``attention_mask`` carries the packed documents instead of a mask: int64 [B, S] on the *host*, one number per
-    token, equal inside a document, documents contiguous; None is one document per sample. It stays on the host because
-    the segment boundaries decide which kernels are launched.
+    token of the whole sequence, equal inside a document, documents contiguous; None is one document per sample. It
+    stays on the host because the segment boundaries decide which kernels are launched.
     """
 
     def __init__(
@@ -34,13 +38,18 @@ class SelfAttentionCore(nn.Module):
         *,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "this attention sees whole sequences: context_parallel_size must be 1"
+        self.over: Exchange | None = None
+        if config.context_parallel_size > 1:
+            self.over = exchange(pg_collection.cp, cp_comm_type or "p2p")
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        assert self.over is None or self.dropout == 0.0, "with context parallelism attention has no dropout"
+        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
 
     def forward(
         self,
@@ -53,11 +62,13 @@ class SelfAttentionCore(nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]; all local to the tp rank."""
+        """query and key [S/cp, B, N | G, D], value [S/cp, B, G, E] -> [S/cp, B, N * E]; all local to the tp rank."""
         assert packed_seq_params is None, "documents come as attention_mask [B, S], not as packed_seq_params"
         assert attention_bias is None, "torch's fused attention takes no bias"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        if attention_mask is None:
+        if self.over is not None:
+            out = attend(q, k, v, attention_mask, scale=self.scale, over=self.over)
+        elif attention_mask is None:
             out = self._attend(q, k, v)
         else:
             out = torch.cat(
@@ -76,13 +87,16 @@ class SelfAttentionCore(nn.Module):
         return torch.cat([self._attend(q[:, :, i:j], k[:, :, i:j], v[:, :, i:j]) for i, j in bounds], dim=2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of [B, N, S, D] over [B, G, S, D]."""
+        """Causal attention of [B, N, S, D] over keys [B, G, S, D] and values [B, G, S, E]."""
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0 and q.device.type == "cpu":
             return _blockwise(q, k, v, self.scale, dropout)
-        return F.scaled_dot_product_attention(
+        width = v.shape[-1]
+        q, k, v = of_one_width(q, k, v)  # torch would write the scores out for two widths
+        out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
+        return out[..., :width]
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_slm.config.option import option
@@ -16,7 +17,7 @@ class ParallelConfig:
     )
     world_size: int | None = option(
         None,
-        "ranks of the whole job; default the launcher's, or one model replica when mslm starts the ranks",
+        "ranks of the whole job; default the launcher's, or the fewest that hold the model when mslm starts the ranks",
         minimum=1,
     )
     tensor_model_parallel_size: int = option(1, "ranks that share each matrix (tp)", minimum=1)
@@ -71,3 +72,9 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks of one model replica: tp x pp x cp."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def smallest_world_size(self) -> int:
+        """The fewest ranks of this division: whole model replicas, and whole sets of experts (etp x ep x pp)."""
+        experts = self.expert_tp_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+        return math.lcm(self.model_parallel_size, experts)

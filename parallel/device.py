@@ -88,6 +88,26 @@ SUBSTITUTIONS = (
         "float64 parameters take their gradient shard as it is; all others go through core's method",
     ),
     Substitution(
+        "get_pos_emb_on_this_cp_rank (in the three modules of rotary embeddings)",
+        "its two chunk numbers are made in pinned memory and moved to the GPU",
+        "parallel.context.rotary_part, the same cut by slices",
+    ),
+    Substitution(
+        "torch.cuda.{Stream,Event,stream,current_stream}",
+        "the dispatcher of a mixture of experts copies its token counts on a stream of its own",
+        "objects that are always done: host code runs in order",
+    ),
+    Substitution(
+        "token_dispatcher.maybe_move_tensor_to_cpu",
+        "makes arrays of the counts only where they come from a GPU; gloo takes no tensors as split sizes",
+        "the same arrays of counts that are on the host already",
+    ),
+    Substitution(
+        "mappings._gather_along_first_dim and _reduce_scatter_along_first_dim (with split sizes)",
+        "the experts' tp ranks hold different numbers of tokens; gloo gathers and scatters equal parts only",
+        "sums of the whole, in which each rank has filled its part",
+    ),
+    Substitution(
         "Tensor.cuda() in LanguageModule.setup_embeddings_and_output_layer",
         "tied embeddings are moved before their first all-reduce",
         "Tensor.cpu()",
@@ -96,6 +116,11 @@ SUBSTITUTIONS = (
         "Tensor.cuda() in DistributedOptimizer.get_parameter_state_dp_zero",
         "optimizer shards are moved before they are gathered for a checkpoint",
         "Tensor.cpu()",
+    ),
+    Substitution(
+        "multi_latent_attention.HAVE_TE",
+        "true without Transformer Engine too, whose classes are stand-ins then: an isinstance of one refuses them",
+        "False",
     ),
 )
 
@@ -232,19 +257,25 @@ def _compile_is_identity() -> Iterator[None]:
 def _substitute() -> None:
     """Apply ``SUBSTITUTIONS`` to the core modules imported so far."""
     import torch
+    from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
     from megatron.core.models.common.language_module.language_module import LanguageModule
     from megatron.core.optimizer import clip_grads
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import token_dispatcher
+
+    from megatron_slm.parallel import stand_ins
+    from megatron_slm.parallel.context import rotary_part
 
     view = cpu_view_of_torch()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
-    random._get_cuda_rng_state = _get_rng_state
-    random._set_cuda_rng_state = _set_rng_state
-    random.CudaRNGStatesTracker.fork = _fork
+    random._get_cuda_rng_state = stand_ins.get_rng_state
+    random._set_cuda_rng_state = stand_ins.set_rng_state
+    random.CudaRNGStatesTracker.fork = stand_ins.fork
     for function in (
         DistributedOptimizer.__init__,
         DistributedOptimizer._build_model_and_main_param_groups,
@@ -252,7 +283,7 @@ def _substitute() -> None:
         clip_grads.clip_grad_by_total_norm_fp32,
     ):
         _rename_types(function)
-    DistributedOptimizer._copy_model_grads_to_main_grads = _keep_float64_gradients(
+    DistributedOptimizer._copy_model_grads_to_main_grads = stand_ins.keep_float64_gradients(
         DistributedOptimizer._copy_model_grads_to_main_grads
     )
     for function in (
@@ -260,11 +291,19 @@ def _substitute() -> None:
         DistributedOptimizer.get_parameter_state_dp_zero,
     ):
         _call_cpu_instead_of_cuda(function)
+    for embedding in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):
+        embedding.get_pos_emb_on_this_cp_rank = rotary_part
+    multi_latent_attention.HAVE_TE = False
+    token_dispatcher.maybe_move_tensor_to_cpu = stand_ins.counts_as_array
+    mappings._gather_along_first_dim = stand_ins.uneven_gather(mappings._gather_along_first_dim)
+    mappings._reduce_scatter_along_first_dim = stand_ins.uneven_scatter(mappings._reduce_scatter_along_first_dim)
 
 
 def cpu_view_of_torch() -> types.ModuleType:
     """A module with torch's own objects, except that what core creates on 'cuda' is created on 'cpu'."""
     import torch
+
+    from megatron_slm.parallel.stand_ins import HostStream
 
     cuda = types.ModuleType("torch.cuda")
     cuda.__dict__.update(torch.cuda.__dict__)
@@ -276,6 +315,10 @@ def cpu_view_of_torch() -> types.ModuleType:
         get_rng_state=lambda device=None: torch.get_rng_state(),
         device_count=lambda: 1,
         set_device=lambda device: None,
+        Stream=HostStream,
+        Event=HostStream,
+        current_stream=HostStream,
+        stream=lambda stream: contextlib.nullcontext(),
     )
     view = types.ModuleType("torch")
     view.__dict__.update(torch.__dict__)
@@ -296,60 +339,6 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(*args, **kwargs)
 
     return create
-
-
-def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
-    import torch
-
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: Any, device: Any = -1, graph_safe: bool = False) -> None:
-    import torch
-
-    torch.set_rng_state(new_state)
-
-
-@contextlib.contextmanager
-def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """``CudaRNGStatesTracker.fork`` over the one CPU generator; nested forks save the outer named state, as in core."""
-    assert name in tracker.states_, (
-        f"RNG state {name!r} is not one of {sorted(tracker.states_)}: seed the tracker first"
-    )
-    original_state = _get_rng_state()
-    original_name = tracker._current_state_name
-    if original_name != "default-rng":
-        tracker.states_[original_name] = original_state
-    _set_rng_state(tracker.states_[name])
-    tracker._current_state_name = name
-    try:
-        yield
-    finally:
-        tracker.states_[name] = _get_rng_state()
-        if original_name != "default-rng":
-            original_state = tracker.states_[original_name]
-        _set_rng_state(original_state)
-        tracker._current_state_name = original_name
-
-
-def _keep_float64_gradients(core_method: Callable[[Any], None]) -> Callable[[Any], None]:
-    if getattr(core_method, "keeps_float64", False):
-        return core_method
-
-    def copy(optimizer: Any) -> None:
-        import torch
-
-        shards = list(zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True))
-        if not any(param.dtype == torch.float64 for params, _ in shards for param in params):
-            return core_method(optimizer)
-        for params, main_params in shards:
-            for param, main in zip(params, main_params, strict=True):
-                owned = optimizer._get_model_param_range_map(param)["param"]
-                main.grad = param.main_grad.view(-1)[owned.start : owned.end]
-        return None
-
-    copy.keeps_float64 = True  # type: ignore[attr-defined]
-    return copy
 
 
 def _call_cpu_instead_of_cuda(function: Any) -> None:

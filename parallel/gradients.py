@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.parallel.router import forget_counts
 
 
 def wrap(
@@ -78,9 +79,10 @@ def gather_parameters(chunks: Sequence[Any]) -> None:
 
 
 def zero_gradients(chunks: Sequence[Any]) -> None:
-    """Clear the gradient buffers and the bookkeeping of which gradients have arrived."""
+    """Begin a step: clear the gradient buffers, which gradients have arrived, and what routers have counted."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
+    forget_counts(chunks)
 
 
 def unwrap(chunk: Any) -> Any:

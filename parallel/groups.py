@@ -49,6 +49,7 @@ def build_groups(config: ParallelConfig) -> ProcessGroupCollection:
         virtual_pipeline_model_parallel_size=config.vpp_size if config.vpp_size > 1 else None,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )

@@ -18,6 +18,9 @@ from megatron_slm.parallel.config import ParallelConfig
 AXES = ("tp", "cp", "dp", "pp")
 """The axes of dense parameters, the fastest-varying first."""
 
+EXPERT_AXES = ("etp", "ep", "edp", "pp")
+"""The axes of expert parameters over the same ranks, the fastest-varying first (core's second ``RankGenerator``)."""
+
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -43,6 +46,7 @@ class Layout:
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -60,10 +64,12 @@ class Layout:
                 f"virtual_pipeline_model_parallel_size {self.vpp_size} needs pipeline_model_parallel_size of at least "
                 "2, but it is 1. Raise the latter or leave the former out."
             )
-        if (self.data_parallel_size * self.context_parallel_size) % self.expert_model_parallel_size:
+        if self.world_size % self.expert_replica_size:
             raise ConfigError(
-                f"expert_model_parallel_size {self.expert_model_parallel_size} must divide data x context parallel "
-                f"size {self.data_parallel_size} x {self.context_parallel_size}."
+                f"world_size {self.world_size} is not a multiple of one set of experts: expert_tensor_parallel_size "
+                f"{self.expert_tp_size} x expert_model_parallel_size {self.expert_model_parallel_size} x "
+                f"pipeline_model_parallel_size {self.pipeline_model_parallel_size} = {self.expert_replica_size} ranks. "
+                f"{nearest_multiples('world_size', self.world_size, self.expert_replica_size)}"
             )
 
     @classmethod
@@ -76,6 +82,7 @@ class Layout:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
 
     @property
@@ -89,6 +96,16 @@ class Layout:
         return self.world_size // self.model_parallel_size
 
     @property
+    def expert_tp_size(self) -> int:
+        """Ranks that share each expert's matrices (etp)."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_replica_size(self) -> int:
+        """Ranks that hold every expert of every layer once: etp x ep x pp."""
+        return self.expert_tp_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
     def vpp_size(self) -> int:
         """Model chunks per pipeline rank, 1 without interleaving."""
         return self.virtual_pipeline_model_parallel_size or 1
@@ -100,6 +117,16 @@ class Layout:
             "tp": self.tensor_model_parallel_size,
             "cp": self.context_parallel_size,
             "dp": self.data_parallel_size,
+            "pp": self.pipeline_model_parallel_size,
+        }
+
+    @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Degree of every axis in :data:`EXPERT_AXES`, the fastest-varying first."""
+        return {
+            "etp": self.expert_tp_size,
+            "ep": self.expert_model_parallel_size,
+            "edp": self.world_size // self.expert_replica_size,
             "pp": self.pipeline_model_parallel_size,
         }
 
@@ -128,25 +155,27 @@ class Layout:
         """Global ranks, ascending, that differ from ``rank`` on ``axis`` only: its group on that axis.
 
         Args:
-            axis: one of :data:`AXES`, several joined by a hyphen as in core (``"dp-cp"``, ``"tp-pp"``), or ``"ep"``.
+            axis: one of :data:`AXES` or of :data:`EXPERT_AXES`, or several of one of them joined by a hyphen as in
+                core (``"dp-cp"``, ``"tp-pp"``, ``"etp-ep"``).
             rank: global rank, itself part of the answer.
 
         Raises:
             ConfigError: there is no such axis or rank.
         """
-        position = self.coordinates(rank)
-        if axis == "ep":
-            return self._expert_ranks(rank)
-        named = axis.split("-")
-        if unknown := set(named) - set(AXES):
-            raise ConfigError(f"{min(unknown)!r} is no axis of a layout; the axes are {', '.join(AXES)} and ep.")
-        offsets, stride = [], 1
-        base = 0
-        for name, size in self.sizes.items():
+        self.coordinates(rank)
+        named = set(axis.split("-"))
+        sizes = self.expert_sizes if named & {*EXPERT_AXES[:3]} else self.sizes
+        if unknown := named - set(sizes):
+            raise ConfigError(
+                f"{min(unknown)!r} is no axis of a layout; the axes are {', '.join(AXES)}, and of the experts "
+                f"{', '.join(EXPERT_AXES)}."
+            )
+        offsets, base, stride = [], 0, 1
+        for name, size in sizes.items():
             if name in named:
                 offsets.append(range(0, size * stride, stride))
             else:
-                base += getattr(position, name) * stride
+                base += rank // stride % size * stride
             stride *= size
         return tuple(sorted(base + sum(steps) for steps in itertools.product(*offsets)))
 
@@ -175,12 +204,6 @@ class Layout:
                 f"{nearest_multiples('global_batch_size', global_batch_size, samples)}"
             )
         return global_batch_size // samples
-
-    def _expert_ranks(self, rank: int) -> tuple[int, ...]:
-        """Ranks that share the experts with ``rank``: consecutive positions of the joint cp and dp axes."""
-        tp, ep = self.tensor_model_parallel_size, self.expert_model_parallel_size
-        index = rank // tp % ep
-        return tuple(rank + (other - index) * tp for other in range(ep))
 
     def _degrees(self) -> str:
         """The product that makes one replica, in words."""

@@ -27,7 +27,8 @@ def run_schedule(
     chunks. Gradients end in the chunks' buffers, reduced and divided by the global number of loss tokens.
 
     Args:
-        micro_batches: tensors [B, S] on the device (``document_ids`` on the host); equal on all tp and pp ranks.
+        micro_batches: tensors [B, S/cp] on the device, ``document_ids`` [B, S] on the host; equal on tp and pp ranks.
+        seq_length: S, of the whole sequence.
         loss: (model output, batch) -> (sum, number of loss tokens, what to log).
 
     Returns:

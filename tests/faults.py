@@ -98,8 +98,8 @@ class Plant(Hook):
         self._armed = False
 
     def dp_rank(self) -> int:
-        """Data-parallel rank of the fault's rank: tp is the fastest axis, pp the slowest."""
-        return self.fault.rank // self.groups.tp.size() % self.groups.dp.size()
+        """Data-parallel rank of the fault's rank: tp is the fastest axis, then cp, pp the slowest."""
+        return self.fault.rank // (self.groups.tp.size() * self.groups.cp.size()) % self.groups.dp.size()
 
     def _struck(self, cursor: Any, inputs: Any) -> list[str]:
         """Micro-batches are dealt to the data-parallel ranks in turn."""

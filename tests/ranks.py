@@ -185,15 +185,21 @@ def _be_rank(job: Job, environment: RankEnvironment) -> int:
     faulthandler.dump_traceback_later(job.timeout_s, exit=True)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=job.timeout_s))
-    work: Any = _module(job.module, job.file)
-    for name in job.qualname.split("."):
-        work = getattr(work, name)
-    result = work(*pickle.loads(job.arguments))
+    result = function_named(job.module, job.file, job.qualname)(*pickle.loads(job.arguments))
     _result_file(job, environment.rank).write_bytes(pickle.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # rank 0 holds the store: nobody leaves while another still needs it
         torch.distributed.destroy_process_group()
     return 0
+
+
+def function_named(module: str, file: str | None, qualname: str) -> Callable[..., Any]:
+    """The function of a test's module, in another process than the test's."""
+    found: Any = _module(module, file)
+    for name in qualname.split("."):
+        found = getattr(found, name)
+    function: Callable[..., Any] = found
+    return function
 
 
 def _module(name: str, file: str | None) -> ModuleType:

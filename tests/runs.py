@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.launch.environment import RankEnvironment
 from tests.ranks import run_ranks
 
 # Small enough for a step in milliseconds; four layers divide into PP2 x VPP2.
@@ -52,27 +52,37 @@ def train(
     Args:
         plant: called in every rank before it trains, to plant a fault there.
     """
-    own = (f"name={directory.name}", f"log.runs_dir={directory.parent}", f"data.data_path={data}")
-    given = {item.split("=")[0]: item for item in (*TINY, *own, *overrides)}
-    codes = run_ranks(_train, world_size, list(given.values()), fresh, plant)
+    codes = run_ranks(_train, world_size, given(directory, data, *overrides), fresh, plant)
     assert len(set(codes)) == 1, f"ranks returned different codes: {codes}"
     return int(codes[0])
 
 
-def _train(overrides: list[str], fresh: bool, plant: Callable[[], None] | None = None) -> int:
-    """One rank: leave the world ``run_ranks`` has made, and be a rank of ``mslm train``."""
-    import torch.distributed as dist
+def given(directory: Path, data: Path, *overrides: str) -> list[str]:
+    """The command line of run ``directory``; the later of two values of one key counts."""
+    own = (f"name={directory.name}", f"log.runs_dir={directory.parent}", f"data.data_path={data}")
+    return list({item.split("=")[0]: item for item in (*TINY, *own, *overrides)}.values())
 
+
+def _train(overrides: list[str], fresh: bool, plant: Callable[[], None] | None = None) -> int:
+    """One rank of ``mslm train``."""
     from megatron_slm import run
     from megatron_slm.config.load import load
-    from megatron_slm.launch.environment import RankEnvironment
-    from megatron_slm.train import optimizer as optimizer_room
+
+    environment = rank_environment()
+    if plant is not None:
+        plant()
+    return run.train(load(None, overrides), environment, fresh=fresh)
+
+
+def rank_environment() -> RankEnvironment:
+    """Leave the world that ``run_ranks`` has made, and say what a launcher would tell this rank."""
+    import torch.distributed as dist
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shared = [_free_port() if rank == 0 else 0]
     dist.broadcast_object_list(shared)
     dist.destroy_process_group()
-    environment = RankEnvironment(
+    return RankEnvironment(
         rank=rank,
         world_size=world_size,
         local_rank=rank,
@@ -81,12 +91,6 @@ def _train(overrides: list[str], fresh: bool, plant: Callable[[], None] | None =
         master_port=shared[0],
         launcher="local",
     )
-    if os.environ.get("MSLM_TEST_CORE_OPTIMIZER"):
-        # The test that shows why ``BucketwiseState`` is there trains once without it.
-        optimizer_room.keep_buckets_in_place = lambda optimizer: None
-    if plant is not None:
-        plant()
-    return run.train(load(None, overrides), environment, fresh=fresh)
 
 
 def _free_port() -> int:

@@ -54,6 +54,7 @@ def train(task: Task) -> Outcome | None:
     from megatron_slm.parallel.pipeline import run_schedule
     from megatron_slm.stages import pretrain
     from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
+    from megatron_slm.verify.shards import gradient_shards
 
     groups, chunks, optimizer = build(task)
     outcome = Outcome(initial=global_tensors(chunks))
@@ -68,10 +69,10 @@ def train(task: Task) -> Outcome | None:
             seq_length=task.model.seq_length,
             groups=groups,
         )
-        if step == 0:
-            outcome.gradients = global_tensors(chunks, reduced_gradients(chunks, optimizer))
         set_learning_rate(optimizer, task.optimizer.lr, task.optimizer.lr)
         outcome.grad_norms.append(gradient_norm(optimizer))
+        if step == 0:
+            outcome.gradients = gathered(gradient_shards(chunks, optimizer))
         apply_update(optimizer, outcome.grad_norms[-1])
         outcome.losses.append(mean_loss(logged, groups))
     with_full_parameters(chunks)
@@ -91,9 +92,9 @@ def build(task: Task) -> tuple[Any, list[Any], Any]:
     from megatron_slm.train.random_state import RandomState
 
     groups = build_groups(task.parallel)
-    RandomState(task.train.seed, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
+    RandomState(task.train.seed, dp_rank=groups.dp_cp.rank(), pp_rank=groups.pp.rank())
     config = transformer_config(task.model, task.parallel, task.precision, task.train, device="cpu")
-    spec, norm, _ = choose_spec("cpu", packed_documents=task.packed)
+    spec, norm, _ = choose_spec("cpu", task.model, packed_documents=task.packed)
     chunks = build_chunks(
         task.model,
         config,
@@ -125,6 +126,8 @@ def build(task: Task) -> tuple[Any, list[Any], Any]:
 
 def micro_batches(task: Task, step: int, groups: Any) -> list[dict[str, torch.Tensor]]:
     """This rank's micro-batches of one global batch: a function of the step alone."""
+    from megatron_slm.parallel.context import cut_batch
+
     generator = torch.Generator().manual_seed(step)
     samples, length = task.train.global_batch_size, task.model.seq_length
     tokens = torch.randint(0, VOCAB, (samples, length + 1), generator=generator)
@@ -143,7 +146,7 @@ def micro_batches(task: Task, step: int, groups: Any) -> list[dict[str, torch.Te
         }
         if task.packed:
             batch["document_ids"] = documents[part].contiguous()
-        batches.append(batch)
+        batches.append(cut_batch(batch, groups.cp.rank(), groups.cp.size()))
     return batches
 
 
@@ -158,52 +161,20 @@ def mean_loss(logged: list[dict[str, torch.Tensor]], groups: Any) -> float:
     return float(total[0] / total[1])
 
 
-def reduced_gradients(chunks: list[Any], optimizer: Any) -> dict[Any, torch.Tensor]:
-    """Gradient of every parameter after the reduction; NaN where another data-parallel rank owns the element."""
-    found = {}
-    inner = optimizer.chained_optimizers[0]
-    for chunk in chunks:
-        for param in chunk.parameters():
-            gradient = param.main_grad.detach().clone()
-            if hasattr(inner, "_get_model_param_range_map"):
-                kept = torch.full_like(gradient.view(-1), float("nan"))
-                try:
-                    owned = inner._get_model_param_range_map(param)["param"]
-                    kept[owned.start : owned.end] = gradient.view(-1)[owned.start : owned.end]
-                except KeyError:
-                    pass  # none of this parameter is ours
-                gradient = kept.view_as(gradient)
-            found[param] = gradient
-    return found
+def global_tensors(chunks: list[Any]) -> dict[str, torch.Tensor]:
+    """Parameters of the whole job as global tensors, on every rank."""
+    from megatron_slm.verify.shards import local_shards
+
+    return gathered(local_shards(chunks))
 
 
-def global_tensors(chunks: list[Any], values: dict[Any, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Parameters (or ``values`` in their place) of the whole job as global tensors, on every rank."""
-    from megatron_slm.parallel.gradients import unwrap
-    from megatron_slm.parallel.initialise import shards
+def gathered(mine: list[Any]) -> dict[str, torch.Tensor]:
+    """Every rank's shards as global tensors, on every rank."""
+    from megatron_slm.verify.shards import assembled
 
-    kept = {}
-    if values is not None:
-        for param, value in values.items():
-            kept[param] = param.data
-            param.data = value.to(param.dtype)
-    mine = [
-        (shard.key, shard.global_shape, shard.global_offset, shard.local_shape, shard.data.detach().clone())
-        for shard in shards([unwrap(chunk) for chunk in chunks])
-    ]
-    for param, data in kept.items():
-        param.data = data
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    result: dict[str, torch.Tensor] = {}
-    for key, shape, offset, local, data in (entry for rank in everyone for entry in rank):
-        whole = result.setdefault(key, torch.full(shape, float("nan"), dtype=data.dtype))
-        stacked = len(shape) - len(local)
-        index = tuple(offset[:stacked]) + tuple(
-            slice(start, start + size) for start, size in zip(offset[stacked:], local, strict=True)
-        )
-        whole[index] = torch.where(data.isnan(), whole[index], data.view(local))
-    return result
+    return assembled(everyone)
 
 
 def with_full_parameters(chunks: list[Any]) -> None:

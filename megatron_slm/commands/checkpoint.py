@@ -1,4 +1,4 @@
-"""The verbs on checkpoints: list, verify, inspect, average."""
+"""The verbs on checkpoints: list, verify, inspect, average, reshard, hash."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb, parser_of, path_of
+from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb, parser_of, path_of, sources
 from megatron_slm.errors import CheckpointError, ConfigError
+
+EXIT_DIFFERENT = 1
+"""Of a comparison, as of ``cmp``."""
+SHOWN = 5
+"""Tensors that a comparison names."""
 
 
 def checkpoint_list(name: str, tokens: Sequence[str]) -> int:
@@ -101,6 +106,78 @@ def checkpoint_average(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def checkpoint_reshard(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint reshard``: the same tensors, cut for the ranks of another layout."""
+    parser = parser_of(
+        name,
+        "SOURCE --output RUN [key=value | --flag ...]",
+        "Cut a checkpoint anew for another layout, without ranks and with one piece in memory at a time. RUN is a new "
+        "run's directory that mslm train resumes; the global hash proves that its tensors are the source's. Any layout "
+        "reads any checkpoint without this: it saves the ranks from reading parts of many files.",
+        example="mslm checkpoint reshard runs/kjv --output runs/kjv-tp2 --tensor-model-parallel-size 2",
+        notes="SOURCE is a run (its newest checkpoint) or an iter_NNNNNNN directory. Degrees that are not given stay "
+        "as they are;\n--world-size, if it is not given, is one model replica. Random states belong to the ranks that "
+        "were: the resume\ndraws new ones from seed and step, as under any other layout.",
+    )
+    parser.add_argument(
+        "--output", required=True, type=path_of, metavar="RUN", help="directory to make, not there yet"
+    )
+    own, rest = parser.parse_known_args(tokens)
+    source, overrides = sources(rest)
+    if source is None:
+        raise ConfigError("No SOURCE was given: name a run's directory, or one of its iter_NNNNNNN directories.")
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.train.reshard import in_words, reshard
+
+    done = reshard(source, own.output, overrides)
+    if done.warning is not None:
+        print(f"warning: {done.warning}", file=sys.stderr)
+    print(
+        f"{done.path}: {done.num_bytes:,} bytes of tensors in {done.num_files} files\n"
+        f"from         {in_words(done.before)}\n"
+        f"to           {in_words(done.after)}\n"
+        f"global hash  {done.global_hash}, of the source and of what was written\n"
+        "random states are left out: a resume draws new ones from seed and step"
+    )
+    return EXIT_OK
+
+
+def checkpoint_hash(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint hash``: what a checkpoint's tensors are, however they are cut."""
+    parser = parser_of(
+        name,
+        "PATH [OTHER] [--weights]",
+        "Print the global hash of a checkpoint's tensors, which does not depend on the layout it was saved under; or "
+        "compare two. Exit code 1 if they differ, with the first tensors that do.",
+        example="mslm checkpoint hash runs/kjv runs/kjv-tp2",
+    )
+    parser.add_argument("paths", nargs="+", type=path_of, metavar="PATH", help="runs (their newest), or checkpoints")
+    parser.add_argument("--weights", action="store_true", help="the model's weights alone, without optimizer and parts")
+    own = parser.parse_args(tokens)
+    if len(own.paths) > 2:
+        raise ConfigError(f"One checkpoint is hashed or two are compared; {len(own.paths)} were given.")
+    from megatron_slm.train import recovery
+    from megatron_slm.train.checkpoint_report import hashes
+    from megatron_slm.train.global_hash import differing
+
+    found = []
+    for path in own.paths:
+        chosen = recovery.find(path)
+        if chosen.warning is not None:
+            print(f"warning: {chosen.warning}", file=sys.stderr)
+        combined, tensors = hashes(chosen.path, weights_only=own.weights)
+        print(f"{combined}  {chosen.path}", flush=True)
+        found.append(tensors)
+    different = differing(*found) if len(found) == 2 else []
+    if different:
+        more = len(different) - SHOWN
+        lines = [*different[:SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        print("\n".join([f"{len(different)} of {len({*found[0], *found[1]})} tensors differ:", *lines]))
+    return EXIT_DIFFERENT if different else EXIT_OK
+
+
 def _to_average(paths: list[Path], last: int | None) -> list[Path]:
     """The checkpoints that are meant, oldest first."""
     if last is None:
@@ -122,4 +199,6 @@ VERBS: Mapping[str, Verb] = {
     "checkpoint verify": Verb("compare checkpoints with what was saved", checkpoint_verify),
     "checkpoint inspect": Verb("show what a checkpoint holds", checkpoint_inspect),
     "checkpoint average": Verb("average the weights of checkpoints", checkpoint_average),
+    "checkpoint reshard": Verb("cut a checkpoint anew for another layout", checkpoint_reshard),
+    "checkpoint hash": Verb("hash tensors whatever the layout; compare two checkpoints", checkpoint_hash),
 }

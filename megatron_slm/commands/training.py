@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_slm.commands import downscaled
 from megatron_slm.commands.command import (
     EXIT_OK,
     EXIT_REFUSED,
@@ -17,6 +18,7 @@ from megatron_slm.commands.command import (
     accepted,
     parser_of,
     path_of,
+    resolve,
     sources,
     violations_of,
 )
@@ -35,7 +37,7 @@ def train(name: str, tokens: Sequence[str]) -> int:
     """``mslm train``: every rank runs this under a launcher; without one, this process starts the ranks."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--fresh | --lr-range-test [LOW:HIGH]]",
+        "[CONFIG] [key=value | --flag ...] [--fresh | --lr-range-test [LOW:HIGH] | --downscale [--ranks N]]",
         "Train a model. A run whose directory exists is resumed. Under torchrun, srun or mpirun every process is one "
         "rank; otherwise mslm starts the ranks on this machine.",
         example="mslm train --preset tiny --data-path corpus --train-iters 100",
@@ -49,10 +51,18 @@ def train(name: str, tokens: Sequence[str]) -> int:
         help=f"instead, raise the learning rate from LOW to HIGH (default {DEFAULT_RANGE}) over train.train_iters "
         "steps, draw the loss against it and suggest a rate; in a run directory of its own, NAME-lr-range-test",
     )
+    downscaled.add_options(
+        choice,
+        parser,
+        "instead, shrink the job to a few ranks of this machine with its structure kept, print what was changed, and "
+        "train that for a few steps; in runs of their own below NAME-downscaled, started anew each time",
+    )
     own, rest = parser.parse_known_args(_with_range(tokens))
     from megatron_slm.launch.environment import from_environment
 
     environment = from_environment(os.environ)
+    if (ranks := downscaled.ranks_of(own)) is not None:
+        return _train_downscaled(rest, ranks, own, environment)
     if environment is None:
         return _start_ranks(accepted(rest, None), ["train", *tokens], own)
     from megatron_slm.launch.rank import run_rank
@@ -67,15 +77,22 @@ def check(name: str, tokens: Sequence[str]) -> int:
     """``mslm check``: every refused value and violated rule at once, without torch."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--skip-files]",
+        "[CONFIG] [key=value | --flag ...] [--skip-files | --downscale [--ranks N]]",
         "Check a configuration: list every violated rule, or say how the job would be divided. Exit code 2 if any rule "
         "is violated.",
         example="mslm check --preset llama3-8b --tensor-model-parallel-size 8 --skip-files",
         notes=OVERRIDES,
     )
-    parser.add_argument("--skip-files", action="store_true", help="do not look for the corpus and other input files")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--skip-files", action="store_true", help="do not look for the corpus and other input files")
+    downscaled.add_options(choice, parser, "show instead what `mslm train --downscale` would change")
     own, rest = parser.parse_known_args(tokens)
     from megatron_slm.config.load import examine
+
+    if (ranks := downscaled.ranks_of(own)) is not None:
+        resolved = resolve(rest)
+        print(downscaled.shown(resolved, *downscaled.planned(resolved, ranks)))
+        return EXIT_OK
 
     resolved, problems = examine(*sources(rest))
     found = violations_of(resolved, None, files=not own.skip_files)
@@ -148,7 +165,7 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Names
     from megatron_slm.parallel.device import choose_device, preload
 
     parallel = resolved.config.parallel
-    world_size = parallel.world_size or parallel.model_parallel_size
+    world_size = parallel.world_size or parallel.smallest_world_size
 
     def preload_run() -> None:
         preload("cpu")
@@ -164,6 +181,23 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Names
         warm=choose_device(parallel.device) == "cpu",
         command=[sys.executable, "-m", "megatron_slm.cli", *command],
     )
+
+
+def _train_downscaled(
+    tokens: Sequence[str], ranks: int, own: argparse.Namespace, environment: RankEnvironment | None
+) -> int:
+    """Train the small runs of a large job, on ranks that this process starts.
+
+    Raises:
+        ConfigError: a launcher has started the ranks already, or the job is refused.
+    """
+    if environment is not None:
+        raise ConfigError(
+            f"--downscale starts ranks of its own on this machine, but {environment.launcher} started this process as "
+            "one. Run mslm train --downscale without a launcher."
+        )
+    anew = argparse.Namespace(**{**vars(own), "fresh": True})
+    return downscaled.train(resolve(tokens), ranks, lambda resolved: _start_ranks(resolved, ["train"], anew))
 
 
 def _train_rank(resolved: Resolved, environment: RankEnvironment, own: argparse.Namespace) -> int:
@@ -183,11 +217,11 @@ def _train_rank(resolved: Resolved, environment: RankEnvironment, own: argparse.
 
 def _summary(resolved: Resolved) -> str:
     """How an accepted job would be divided."""
-    from megatron_slm.model.counts import flops_per_token, parameters
+    from megatron_slm.model.counts import flops_per_token, parameters_text
     from megatron_slm.parallel.layout import Layout, split_layers
 
     config, parallel, train = resolved.config, resolved.config.parallel, resolved.config.train
-    layout = Layout.from_config(parallel, parallel.world_size or parallel.model_parallel_size)
+    layout = Layout.from_config(parallel, parallel.world_size or parallel.smallest_world_size)
     split = split_layers(
         config.model.num_layers,
         parallel.pipeline_model_parallel_size,
@@ -205,9 +239,9 @@ def _summary(resolved: Resolved) -> str:
         f"micro-batches per step and replica: {step}",
     ]
     if config.model.vocab_size is not None:
-        count = parameters(config.model, config.model.vocab_size)
+        count = parameters_text(config.model, config.model.vocab_size)
         flops = flops_per_token(config.model, config.model.vocab_size)
-        lines.append(f"parameters: {count:,}; model FLOPs per token, forward and backward: {flops:.3e}")
+        lines.append(f"parameters: {count}; model FLOPs per token, forward and backward: {flops:.3e}")
     return "\n".join([*lines, *_rounded_shares(config.data)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ class Facts:
 
     config: RunConfig
     world_size: int
-    """Ranks of the job; one model replica where nothing says more."""
+    """Ranks of the job; the fewest that hold the model where nothing says more."""
     provenance: Mapping[str, str] = field(default_factory=dict)
 
     def cite(self, *keys: str) -> str:
@@ -31,11 +32,16 @@ class Facts:
 
     def is_set(self, key: str) -> bool:
         """Whether a key differs from its default."""
-        return bool(value_of(self.config, key) != value_of(RunConfig(), key))
+        return bool(value_of(self.config, key) != value_of(_defaults(), key))
 
     def _cite(self, key: str) -> str:
         source = self.provenance.get(key)
         return f"{key} = {show(value_of(self.config, key))}" + (f" ({source})" if source else "")
+
+
+@functools.cache
+def _defaults() -> RunConfig:
+    return RunConfig()
 
 
 def nearest_divisors(name: str, number: int, value: int) -> str:

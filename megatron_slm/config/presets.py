@@ -19,7 +19,7 @@ class Preset:
     origin: str
     """Where the numbers are published: a Hugging Face repository, or ``megatron-slm`` for our own."""
     parameters: int | None
-    """Published number of parameters, ``None`` where it depends on the tokenizer."""
+    """Published number without layers of multi-token prediction, ``None`` where it depends on the tokenizer."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key -> value."""
 
@@ -69,6 +69,49 @@ _SMOLLM2 = _LLAMA | {
 }
 
 
+_DEEPSEEK_V3 = _LLAMA | {
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "ffn_hidden_size": 18432,
+    "num_attention_heads": 128,
+    "num_query_groups": 128,
+    "vocab_size": 129280,
+    "seq_length": 4096,
+    "max_position_embeddings": 163840,
+    "layernorm_epsilon": 1e-6,
+    "untie_embeddings_and_output_weights": True,
+    "multi_latent_attention": True,
+    "qk_layernorm": True,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": "yarn",
+    "rotary_base": 10000.0,
+    "rotary_scaling_factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "num_moe_experts": 256,
+    "moe_first_dense_layers": 3,
+    "moe_ffn_hidden_size": 2048,
+    "moe_shared_expert_intermediate_size": 2048,
+    "moe_router_topk": 8,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_num_groups": 8,
+    "moe_router_group_topk": 4,
+    "moe_router_topk_scaling_factor": 2.5,
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 1e-3,
+    "moe_router_load_balancing_type": "seq_aux_loss",
+    "moe_aux_loss_coeff": 1e-4,
+    "mtp_num_layers": 1,
+    "mtp_loss_scaling_factor": 0.3,
+}
+"""The weight of the prediction is that of the first 10T tokens, 0.1 afterwards (arXiv 2412.19437, section 4.2)."""
+
+
 def _shape(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> dict[str, int]:
     """The five sizes in which the members of a family differ."""
     return {
@@ -109,6 +152,20 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             | _shape(28, 3584, 18944, 28, 4)
             | {"vocab_size": 152064, "max_position_embeddings": 131072, "untie_embeddings_and_output_weights": True},
         ),
+        "qwen3-0.6b": _preset(
+            "Qwen/Qwen3-0.6B-Base",
+            596_049_920,
+            _QWEN25
+            | _shape(28, 1024, 3072, 16, 8)
+            | {
+                "kv_channels": 128,
+                "add_qkv_bias": False,
+                "qk_layernorm": True,
+                "vocab_size": 151936,
+                "max_position_embeddings": 32768,
+                "untie_embeddings_and_output_weights": False,
+            },
+        ),
         "smollm2-135m": _preset(
             "HuggingFaceTB/SmolLM2-135M",
             134_515_008,
@@ -119,6 +176,23 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "HuggingFaceTB/SmolLM2-1.7B",
             1_711_376_384,
             _SMOLLM2 | _shape(24, 2048, 8192, 32, 32) | {"rotary_base": 130000.0},
+        ),
+        "mixtral-8x7b": _preset(
+            "mistralai/Mixtral-8x7B-v0.1",
+            46_702_792_704,
+            _LLAMA
+            | _shape(32, 4096, 14336, 32, 8)
+            | {
+                "vocab_size": 32000,
+                "seq_length": 32768,
+                "max_position_embeddings": 32768,
+                "rotary_base": 1000000.0,
+                "untie_embeddings_and_output_weights": True,
+                "num_moe_experts": 8,
+                "moe_router_topk": 2,
+                "moe_router_load_balancing_type": "aux_loss",
+                "moe_aux_loss_coeff": 0.02,
+            },
         ),
         "gpt2": _preset(
             "openai-community/gpt2",
@@ -141,6 +215,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "init_method_std": 0.02,
             },
         ),
+        "deepseek-v3": _preset("deepseek-ai/DeepSeek-V3", 671_026_419_200, _DEEPSEEK_V3),
         "tiny": _preset(
             "megatron-slm",
             None,

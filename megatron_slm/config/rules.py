@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from megatron_slm.config import rules_data, rules_dynamics, rules_layout, rules_training
+from megatron_slm.config import (
+    rules_context,
+    rules_data,
+    rules_dynamics,
+    rules_experts,
+    rules_latent,
+    rules_layout,
+    rules_training,
+)
 from megatron_slm.config.facts import Facts, nearest_divisors
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
@@ -23,14 +31,14 @@ def violations(
 
     Args:
         config: a resolved configuration.
-        world_size: ranks that were really started; ``None`` takes ``parallel.world_size``, then one model replica.
+        world_size: ranks that were really started; ``None`` takes ``parallel.world_size``, then the fewest possible.
         provenance: source of each value (``Resolved.provenance``), named in the sentences.
 
     Returns:
         One text for each violation: the keys with values and sources, the rule, the nearest valid values.
     """
     expected = config.parallel.world_size
-    facts = Facts(config, world_size or expected or config.parallel.model_parallel_size, provenance or {})
+    facts = Facts(config, world_size or expected or config.parallel.smallest_world_size, provenance or {})
     found = []
     if world_size is not None and expected is not None and world_size != expected:
         found.append(
@@ -72,7 +80,7 @@ def head_shape(facts: Facts) -> Iterator[str]:
     """Heads divide the width, groups divide the heads."""
     model = facts.config.model
     heads, groups = model.num_attention_heads, model.query_groups
-    if model.kv_channels is None and model.hidden_size % heads:
+    if model.kv_channels is None and not model.multi_latent_attention and model.hidden_size % heads:
         yield (
             f"{facts.cite('model.hidden_size', 'model.num_attention_heads')}: the width must divide evenly over the "
             "heads. "
@@ -113,6 +121,8 @@ def rotary_embedding(facts: Facts) -> Iterator[str]:
             f"{facts.cite('model.rope_scaling_factor', 'model.use_rope_scaling')}: the factor would be ignored. "
             "Set model.use_rope_scaling=true, or leave the factor out."
         )
+    if model.multi_latent_attention:
+        return  # rules_latent speaks of its channels
     rotated = int(model.head_dim * model.rotary_percent)
     if rotated % 2 or not rotated:
         yield (
@@ -163,6 +173,9 @@ RULES: tuple[Rule, ...] = (
     document_positions,
     *rules_data.RULES,
     *rules_layout.RULES,
+    *rules_context.RULES,
+    *rules_experts.RULES,
+    *rules_latent.RULES,
     *rules_training.RULES,
     *rules_dynamics.RULES,
 )

@@ -13,16 +13,6 @@ PP = "parallel.pipeline_model_parallel_size"
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 
-def unbuilt_axes(facts: Facts) -> Iterator[str]:
-    """This version has no context and no expert parallelism."""
-    for key in ("parallel.context_parallel_size", "parallel.expert_model_parallel_size"):
-        if facts.is_set(key):
-            yield (
-                f"{facts.cite(key)}: this version builds dense models without context parallelism, so the only valid "
-                "value is 1."
-            )
-
-
 def tensor_parallel(facts: Facts) -> Iterator[str]:
     """Every matrix and every head divides over tp."""
     model, tp = facts.config.model, facts.config.parallel.tensor_model_parallel_size
@@ -44,7 +34,8 @@ def tensor_parallel(facts: Facts) -> Iterator[str]:
             "joint "
             f"query/key/value matrix must divide evenly over tp. {nearest_divisors(TP, groups, tp)}"
         )
-    if model.ffn_size % tp:
+    dense = not all(model.is_moe_layer(layer) for layer in range(model.num_layers))
+    if dense and model.ffn_size % tp:
         yield (
             f"{facts.cite('model.ffn_hidden_size', TP)}: the {model.ffn_size} inner channels of the MLP must divide "
             "evenly "
@@ -79,10 +70,10 @@ def sequence_parallel(facts: Facts) -> Iterator[str]:
             "to at "
             "least 2, or set parallel.sequence_parallel=false."
         )
-    elif length % (tp * parallel.context_parallel_size):
+    elif parallel.context_parallel_size == 1 and length % tp:
         yield (
             f"{facts.cite('model.seq_length', TP)}: with sequence_parallel the sequence must divide evenly over tp. "
-            f"{nearest_multiples('model.seq_length', length, tp * parallel.context_parallel_size)}"
+            f"{nearest_multiples('model.seq_length', length, tp)}"
         )
 
 
@@ -211,7 +202,6 @@ def backend(facts: Facts) -> Iterator[str]:
 
 
 RULES = (
-    unbuilt_axes,
     tensor_parallel,
     vocabulary,
     sequence_parallel,

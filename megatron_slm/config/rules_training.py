@@ -8,13 +8,10 @@ from megatron_slm.config.facts import Facts
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.layout import split_layers
 
-_RECOMPUTABLE = ("core_attn", "mlp")
+_RECOMPUTABLE = ("core_attn", "mlp", "mla_up_proj", "moe", "shared_experts")
 _ELSEWHERE_RECOMPUTABLE = {
     "layernorm": "core writes that path for Transformer Engine's layers, and this version builds without it",
-    "moe": "it belongs to mixture-of-experts layers, and this version builds dense models",
-    "moe_act": "it belongs to mixture-of-experts layers, and this version builds dense models",
-    "shared_experts": "it belongs to mixture-of-experts layers, and this version builds dense models",
-    "mla_up_proj": "it belongs to multi-latent attention, which this version does not build",
+    "moe_act": "core recomputes it inside Transformer Engine's grouped experts alone; recompute moe",
 }
 """Modules that megatron-core 0.16.1 can recompute and this version cannot, with the reason."""
 

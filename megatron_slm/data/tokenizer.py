@@ -23,6 +23,15 @@ FACTS_NAME = "facts.json"
 
 FILE_NAMES = (SentencePieceModel.file_name, HuggingFaceModel.file_name)
 
+COMPANIONS = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+"""What a Hugging Face model has beside its tokenizer's file. Nothing of it is read here: it travels with the file."""
+
+COMPANIONS_FOLDER = "huggingface"
+"""Where they lie beside a file that was saved here: a second tokenizer of the same text must not be taken for it."""
+
 
 class Model(Protocol):
     """What both kinds of tokenizer can do; :class:`Tokenizer` says what the methods mean."""
@@ -96,7 +105,7 @@ class Tokenizer:
         return Tokenizer(model, path, _saved_eod_token(path) if eod_token is None else eod_token)
 
     def save(self, directory: Path, **facts: Any) -> Tokenizer:
-        """Write the file into ``directory``, with a ``facts.json`` beside it; returns the copy.
+        """Write the file into ``directory``, with a ``facts.json`` and its companions beside it; returns the copy.
 
         Args:
             facts: more to say in ``facts.json``.
@@ -104,9 +113,20 @@ class Tokenizer:
         directory.mkdir(exist_ok=True)
         path = directory / self.file_name
         path.write_bytes(self.model)
+        for companion in self.companions():
+            (directory / COMPANIONS_FOLDER).mkdir(exist_ok=True)
+            (directory / COMPANIONS_FOLDER / companion.name).write_bytes(companion.read_bytes())
         known = {"kind": self.kind, "vocab_size": self.vocab_size, "eod_id": self.eod_id, "eod_token": self.eod_token}
         write_json(directory / FACTS_NAME, {**known, "sha256": self.hash, **facts})
         return Tokenizer(self.model, path, self.eod_token)
+
+    def companions(self) -> list[Path]:
+        """Files that a Hugging Face model has beside this one."""
+        if self.path.name != self.file_name:
+            return []
+        folder = self.path.with_name(COMPANIONS_FOLDER)
+        near = folder if folder.is_dir() else self.path.parent
+        return [near / name for name in COMPANIONS if name != self.file_name and (near / name).is_file()]
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without control pieces: a literal ``</s>`` in the text is encoded as ordinary characters."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
@@ -20,7 +20,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Core's configuration of one rank's model. Derived values (head dimension, MLP width) are resolved here once."""
     dtype = getattr(torch, precision.params_dtype)
-    return TransformerConfig(
+    kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
+    return kind(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
@@ -49,7 +50,7 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.vpp_size if parallel.vpp_size > 1 else None,
-        context_parallel_size=parallel.context_parallel_size,
+        **context_options(parallel),
         sequence_parallel=parallel.sequence_parallel,
         account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
@@ -70,7 +71,80 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # needs apex's CUDA extension
         persist_layer_norm=False,
+        **attention_options(model),
+        **prediction_options(model),
+        **expert_options(model, parallel, precision),
     )
+
+
+def context_options(parallel: ParallelConfig) -> dict[str, Any]:
+    """What core has to hear of context parallelism."""
+    cp = parallel.context_parallel_size
+    return {"context_parallel_size": cp, "cp_comm_type": parallel.cp_comm_type if cp > 1 else None}
+
+
+def attention_options(model: ModelConfig) -> dict[str, Any]:
+    """What core has to hear of the norms of queries and keys, and of multi-latent attention."""
+    if not model.multi_latent_attention:
+        return {"qk_layernorm": model.qk_layernorm}
+    return {
+        # Core sums the gradients of every "q_layernorm" over tp by this option. That of a latent is whole already, or
+        # marked as sequence-parallel.
+        "qk_layernorm": False,
+        "q_lora_rank": model.q_lora_rank,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_head_dim": model.qk_head_dim,
+        "qk_pos_emb_head_dim": model.qk_pos_emb_head_dim,
+        "v_head_dim": model.v_head_dim,
+        "rope_type": model.rope_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+        "rotary_scaling_factor": model.rotary_scaling_factor,
+        "original_max_position_embeddings": model.original_max_position_embeddings,
+        "mscale": model.mscale,
+        "mscale_all_dim": model.mscale_all_dim,
+    }
+
+
+def prediction_options(model: ModelConfig) -> dict[str, Any]:
+    """What core has to hear of multi-token prediction; nothing without it."""
+    if model.mtp_num_layers is None:
+        return {}
+    return {"mtp_num_layers": model.mtp_num_layers, "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor}
+
+
+def expert_options(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """What core has to hear of a mixture of experts; nothing of a dense model."""
+    if model.num_moe_experts is None:
+        return {}
+    layers = [int(model.is_moe_layer(layer)) for layer in range(model.num_layers)]
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        # Core stores layers stacked under one name only where a number says that all of them are alike.
+        "moe_layer_freq": 1 if all(layers) else layers,
+        "moe_ffn_hidden_size": model.expert_ffn_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tp_size,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "moe_grouped_gemm": parallel.moe_grouped_gemm,
+        "moe_router_dtype": "fp64" if precision.fp64 else "fp32",
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_score_function": model.moe_router_score_function,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_num_groups": model.moe_router_num_groups,
+        "moe_router_group_topk": model.moe_router_group_topk,
+        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+        # Core would move the bias while it reduces the gradients, before anyone has judged the step; our router does.
+        "moe_router_enable_expert_bias": False,
+        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_token_drop_policy": model.moe_token_drop_policy,
+    }
 
 
 def leave_as_is(weight: torch.Tensor) -> torch.Tensor:

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.model.config import ModelConfig
+from megatron_slm.parallel import context
 from megatron_slm.parallel.pipeline import Batch, LossFunction
 from megatron_slm.parallel.vocab_loss import CROSS_ENTROPY, OBJECTIVE, SQUARED_LOG_PARTITION
 from megatron_slm.train.config import TrainConfig
-from megatron_slm.train.step import StepInput, TrainState
+from megatron_slm.train.step import StepInput, StepPlan, TrainState
 
 ON_HOST = ("document_ids",)  # parallel/attention.py reads the documents' boundaries before it launches kernels
 
 
 def step_inputs(
-    loader: TrainLoader, state: TrainState, batch_size: Callable[[int], int], device: torch.device
+    loader: TrainLoader, state: TrainState, batch_size: Callable[[int], int], plan: StepPlan
 ) -> Iterator[StepInput]:
     """Endless global batches, each from where the state's cursor then stands: a roll-back moves it.
 
@@ -35,7 +37,7 @@ def step_inputs(
         cursor = state.cursor
         size = batch_size(cursor.consumed_samples)
         batches = loader.micro_batches(cursor, size)
-        yield StepInput([to_device(batch, device) for batch in batches], cursor.advance(size))
+        yield StepInput([local_batch(batch, plan) for batch in batches], cursor.advance(size))
 
 
 def loss(
@@ -47,8 +49,10 @@ def loss(
     the result does not depend on how the batch was cut.
 
     Args:
-        output: [3], see ``vocab_parallel_loss``.
-        logged: "lm loss", the cross-entropy whatever the objective is; "objective"; "z loss", its part.
+        output: [3], see ``vocab_parallel_loss``; with multi-token prediction more, see ``with_predictions``.
+        logged: "lm loss", the cross-entropy whatever the objective is; "objective"; "z loss", its part; "mtp_1 loss",
+            "mtp_2 loss" ..., the cross-entropy of the predictions of that depth over their own tokens. What ``output``
+            does not hold, as that of an evaluation, is left out.
         z_loss_coefficient: of the model's objective.
     """
     tokens = batch["loss_mask"].sum()
@@ -58,26 +62,37 @@ def loss(
         "objective": sums[OBJECTIVE],
         "z loss": z_loss_coefficient * sums[SQUARED_LOG_PARTITION],
     }
-    pairs = {name: torch.stack([found[name], tokens.double()]) for name in logged}
+    pairs = {name: torch.stack([total, tokens.double()]) for name, total in found.items()}
+    pairs |= {mtp_loss(depth): pair for depth, pair in enumerate(sums[len(found) :].view(-1, 2), start=1)}
     # A copy, because core may free what it is given, and refuses to free a view.
-    return output[OBJECTIVE].clone(), tokens.to(torch.int), pairs
+    logs = {name: pairs[name] for name in logged if name in pairs}
+    return output[OBJECTIVE].clone(), tokens.to(torch.int), logs
 
 
-def logged(train: TrainConfig) -> tuple[str, ...]:
+def mtp_loss(depth: int) -> str:
+    """Megatron's name of the loss of the predictions of a depth, counted from 1."""
+    return f"mtp_{depth} loss"
+
+
+def logged(train: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
     """What ``loss`` has to log: the objective's own numbers only where it is not the cross-entropy."""
     names = ["lm loss"]
-    if train.z_loss_coefficient or train.label_smoothing:
+    depths = model.mtp_num_layers or 0
+    if train.z_loss_coefficient or train.label_smoothing or depths:
         names.append("objective")
     if train.z_loss_coefficient:
         names.append("z loss")
-    return tuple(names)
+    return (*names, *map(mtp_loss, range(1, depths + 1)))
 
 
-def loss_function(train: TrainConfig) -> LossFunction:
-    """``loss`` for a model built with the objective of ``train``."""
-    return partial(loss, logged=logged(train), z_loss_coefficient=train.z_loss_coefficient)
+def loss_function(train: TrainConfig, model: ModelConfig) -> LossFunction:
+    """``loss`` for ``model``, built with the objective of ``train``."""
+    return partial(loss, logged=logged(train, model), z_loss_coefficient=train.z_loss_coefficient)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on ``device`` but those the host reads."""
-    return {name: tensor if name in ON_HOST else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+def local_batch(batch: Batch, plan: StepPlan) -> Batch:
+    """This cp rank's part of a batch of whole samples, [B, S/cp], on its device but for what the host reads."""
+    part = context.cut_batch(batch, plan.groups.cp.rank(), plan.groups.cp.size())
+    return {
+        name: tensor if name in ON_HOST else tensor.to(plan.device, non_blocking=True) for name, tensor in part.items()
+    }

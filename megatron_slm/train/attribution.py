@@ -36,7 +36,8 @@ class Finding:
     """Where the first value of a step that is not finite came from. Equal on every rank.
 
     Attributes:
-        rank, coordinates: where it was found first; the coordinates as "tp 1, pp 0, dp 1".
+        rank, coordinates: where it was found first; the coordinates as "tp 1, pp 0, dp 1", with
+            cp behind tp where there is more than one.
         micro_batch: of that rank, counted from 0; None where all are concerned.
         phase: "parameter", "optimizer state", "input", "forward", "backward", "reduction", or "gradient norm" where
             every value is finite and only their norm is not.
@@ -195,7 +196,8 @@ def _witness(plan: StepPlan, event: Event | None, samples_of: Callable[[int], Se
     groups = plan.groups
     if event is not None and event.micro_batch is not None:
         event = replace(event, samples=tuple(samples_of(event.micro_batch)))
-    coordinates = f"tp {groups.tp.rank()}, pp {groups.pp.rank()}, dp {groups.dp.rank()}"
+    shared = f"tp {groups.tp.rank()}" + (f", cp {groups.cp.rank()}" if groups.cp.size() > 1 else "")
+    coordinates = f"{shared}, pp {groups.pp.rank()}, dp {groups.dp.rank()}"
     return Witness(dist.get_rank(), coordinates, groups.dp.rank(), event)
 
 

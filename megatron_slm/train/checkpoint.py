@@ -23,8 +23,9 @@ from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train import payload_write, publish
 from megatron_slm.train.ema import ema_request
 from megatron_slm.train.hook import Part
-from megatron_slm.train.optimizer_state import load_optimizer_state
+from megatron_slm.train.optimizer_shards import load_optimizer_state, optimizer_request, optimizer_shards
 from megatron_slm.train.payload import first_failure, read_payload
+from megatron_slm.train.payload_index import read_index
 from megatron_slm.train.payload_write import StagedPayload, on_first_rank
 from megatron_slm.train.retention import Retention
 from megatron_slm.train.saved_state import STATE_FILE, SavedState, read_state
@@ -67,8 +68,11 @@ def stage(saved: SavedState, state: TrainState, *, copy: bool) -> Staged:
         saved: what is not tensors.
         copy: of every tensor, so that training may go on before ``write``.
     """
+    models = _models(state.chunks)
     payload = {
-        **_request(state, state.parts, is_loading=False),
+        **models,
+        "optimizer": optimizer_shards(state.optimizer, state.chunks, models),
+        **_parts(models, state.parts),
         "random": _random_object(state.random.capture()),
         "content_metadata": _content(),
     }
@@ -124,14 +128,20 @@ def load(path: Path, state: TrainState, *, layout: dict[str, int]) -> tuple[Save
             f"{path} holds averaged weights without an optimizer; name it as checkpoint.pretrained_checkpoint of a new "
             "run"
         )
-    same_layout = saved.layout == layout
+    same_layout = saved.layout == layout and not saved.resharded_from
     stored = {name: part for name, part in state.parts.items() if name in saved.parts}
-    request = _request(state, stored, is_loading=True)
+    models = _models(state.chunks)
+    index = read_index(path)
+    request = {
+        **models,
+        "optimizer": optimizer_request(state.optimizer, state.chunks, models, index.tensors),
+        **_parts(models, stored),
+    }
     if same_layout:
         request["random"] = _random_object(None)
     loaded = read_payload(request, path)
     _load_chunks(loaded, state.chunks)
-    load_optimizer_state(state.optimizer, loaded["optimizer"])
+    load_optimizer_state(state.optimizer, state.chunks, loaded["optimizer"])
     for name, part in stored.items():
         part.load(loaded[name])
     if same_layout:
@@ -181,11 +191,9 @@ def _models(chunks: list[nn.Module]) -> dict[str, Any]:
     }
 
 
-def _request(state: TrainState, parts: Mapping[str, Part], *, is_loading: bool) -> dict[str, Any]:
-    """Sharded state of model, optimizer and parts, to be saved or to be filled."""
-    models = _models(state.chunks)
-    optimizer = state.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_content())
-    return {**models, "optimizer": optimizer, **{name: part.sharded_state(models) for name, part in parts.items()}}
+def _parts(models: dict[str, Any], parts: Mapping[str, Part]) -> dict[str, Any]:
+    """Sharded state of the parts, to be saved or to be filled."""
+    return {name: part.sharded_state(models) for name, part in parts.items()}
 
 
 def _random_object(state: Any) -> ShardedObject:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_slm.config.load import load
 from megatron_slm.errors import CheckpointError, UserError
 from megatron_slm.train import manifest, publish
+from megatron_slm.train.global_hash import combined, tensor_hashes
 from megatron_slm.train.manifest import problems, read_manifest
 from megatron_slm.train.payload_index import group_of, read_index
 from megatron_slm.train.retention import Retention
@@ -63,7 +64,8 @@ def verified(paths: Sequence[Path]) -> Iterator[tuple[str, bool]]:
         identity = None if single else stored_identity(path)
         for checkpoint in [path] if single else checkpoints_of(path).values():
             wrong = problems(checkpoint, identity=identity)
-            yield (f"{checkpoint}: {'whole' if not wrong else 'DAMAGED: ' + '; '.join(wrong)}", not wrong)
+            stated = "" if wrong else _stated_hash(checkpoint)
+            yield (f"{checkpoint}: {'whole' + stated if not wrong else 'DAMAGED: ' + '; '.join(wrong)}", not wrong)
 
 
 def contents(path: Path) -> str:
@@ -72,11 +74,16 @@ def contents(path: Path) -> str:
     lines = [
         f"checkpoint   {path}",
         f"step         {state.step}, {state.consumed_samples} samples",
-        f"layout       {', '.join(f'{axis} {size}' for axis, size in state.layout.items())}",
+        f"layout       {', '.join(f'{axis} {size}' for axis, size in state.layout.items()) or 'none'}",
         f"precision    {state.params_dtype}",
         f"identity     {read_manifest(path).identity or 'none'}",
         f"tokenizer    {state.tokenizer_hash}",
     ]
+    if state.resharded_from:
+        before = ", ".join(f"{axis} {size}" for axis, size in state.resharded_from.items())
+        lines.append(f"resharded    from {before}; without random states: a resume draws new ones from seed and step")
+    if state.global_hash:
+        lines.append(f"global hash  {state.global_hash}")
     if state.averaged:
         lines.append(f"averaged     {', '.join(state.averaged)}")
     if state.parts:
@@ -92,6 +99,27 @@ def contents(path: Path) -> str:
     totals += [(group, str(count), f"{elements:,}", f"{size:,}") for group, (count, elements, size) in sums.items()]
     objects = f"other objects: {len(index.objects)} (random states, layers' extra states)"
     return "\n".join([*lines, "", _table(rows), "", _table(totals), "", objects])
+
+
+def hashes(path: Path, *, weights_only: bool = False) -> tuple[str, dict[str, str]]:
+    """The global hash of a checkpoint's tensors, and what it is made of by name.
+
+    Raises:
+        CheckpointError: it is damaged, or is not what its ``state.json`` says it is.
+    """
+    found = tensor_hashes(path, weights_only=weights_only)
+    result, stated = combined(found), read_state(path).global_hash
+    if stated and not weights_only and result != stated:
+        raise CheckpointError(
+            f"{path} has the global hash {result}, its {STATE_FILE} says {stated}; choose another checkpoint"
+        )
+    return result, found
+
+
+def _stated_hash(path: Path) -> str:
+    """What a whole checkpoint says of its tensors, where it does: its files are what was hashed."""
+    stated = read_state(path).global_hash
+    return f", global hash {stated}" if stated else ""
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_slm.parallel.gradients import gather_parameters, gathered_parameters, unwrap
 from megatron_slm.train.hook import Hook, StepResult
-from megatron_slm.train.optimizer_state import inner_optimizers, named_masters
+from megatron_slm.train.optimizer_shards import under_prefix
+from megatron_slm.train.optimizer_state import dividing_groups, inner_optimizers, named_masters
 from megatron_slm.train.step import TrainState
 
 PREFIX = "ema."
@@ -41,7 +40,7 @@ class Ema(Hook):
             groups: process groups.
         """
         self._decay = decay
-        self._group = groups.dp_cp if chunks[0].ddp_config.use_distributed_optimizer else None
+        self._groups = dividing_groups(optimizer)
         self._parameters = [dict(unwrap(chunk).named_parameters()) for chunk in chunks]
         masters = named_masters(optimizer, chunks)
         self._weights: list[Tensor] = [master.tensor.detach() for master in masters]
@@ -82,7 +81,7 @@ class Ema(Hook):
         """The averages in the places of the weights, in full precision and on the host; collective."""
         assert not self._applied, "the weights are the averages now: a checkpoint would take the one for the other"
         return {
-            name: {key: _under_prefix(entries[key], self._whole(param)) for key, param in parameters.items()}
+            name: {key: under_prefix(entries[key], PREFIX, self._whole(param)) for key, param in parameters.items()}
             for (name, entries), parameters in zip(models.items(), self._parameters, strict=True)
         }
 
@@ -117,25 +116,22 @@ class Ema(Hook):
         if param in self._held:
             start, average = self._held[param]
             whole[start : start + average.numel()] = average.view(-1)
-        if self._group is not None:
+        if (group := self._groups.get(param)) is not None:
             # One rank holds each element. As integers the zeros of the others change no bit, not even that of -0.0.
-            dist.all_reduce(whole.view(torch.int64 if exact == torch.float64 else torch.int32), group=self._group)
+            dist.all_reduce(whole.view(torch.int64 if exact == torch.float64 else torch.int32), group=group)
         return whole.view(param.shape).cpu()
 
 
 def ema_request(models: dict[str, Any]) -> dict[str, Any]:
     """The sharded state of a model's chunks, asking a checkpoint for the averages in the places of the weights.
 
-    What is read is rounded to the model's format, as ``Ema.applied`` does.
+    What is read is rounded to the model's format, as ``Ema.applied`` does. What is no weight (a router's bias against
+    overload) has no average and is read itself.
     """
-    return {name: {key: _under_prefix(entry) for key, entry in entries.items()} for name, entries in models.items()}
-
-
-def _under_prefix(entry: Any, data: Tensor | None = None) -> Any:
-    """A weight's entry, under the key of its average and with ``data``; what is no tensor stays as it is."""
-    if isinstance(entry, ShardedTensorFactory):
-        return replace(entry, key=PREFIX + entry.key, data=entry.data if data is None else data)
-    if isinstance(entry, ShardedTensor):
-        data = entry.data if data is None else data
-        return replace(entry, key=PREFIX + entry.key, data=data, dtype=data.dtype)
-    return entry
+    return {
+        name: {
+            key: under_prefix(entry, PREFIX) if isinstance(entry.data, nn.Parameter) else entry
+            for key, entry in entries.items()
+        }
+        for name, entries in models.items()
+    }

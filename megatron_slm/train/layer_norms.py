@@ -18,6 +18,7 @@ from megatron_slm.train.step import TrainState
 
 GRADIENT, UPDATE, WEIGHT, ELEMENTS, ACTIVATION, ACTIVATION_ELEMENTS = range(6)
 COLUMNS = 6
+PREDICTION_PREFIX = "mtp.layers."
 
 
 class LayerNorms(Hook):
@@ -28,16 +29,23 @@ class LayerNorms(Hook):
     """
 
     def __init__(
-        self, interval: int, num_layers: int, groups: Any, write: Callable[[dict[str, Any]], None] | None
+        self,
+        interval: int,
+        num_layers: int,
+        groups: Any,
+        write: Callable[[dict[str, Any]], None] | None,
+        *,
+        predictions: int = 0,
     ) -> None:
         """Measure nothing yet.
 
         Args:
             num_layers: of the whole model.
             write: takes the record of :func:`layer_record`, on the rank that logs.
+            predictions: layers of multi-token prediction.
         """
         self._interval, self._groups, self._write = interval, groups, write
-        self._parts = model_parts(num_layers)
+        self._parts = model_parts(num_layers, predictions)
         self._activations = Activations(self._parts)
         self._counted: list[Master] = []
         self._before: list[Tensor] = []
@@ -121,15 +129,22 @@ class Activations:
         self._handles, self._sums = [], {}
 
 
-def model_parts(num_layers: int) -> list[str]:
-    """What is measured as one: embedding, each layer counted from 0 over the whole model, final norm, output layer."""
-    return ["embedding", *(f"layer_{number}" for number in range(num_layers)), "final_norm", "output_layer"]
+def model_parts(num_layers: int, predictions: int = 0) -> list[str]:
+    """What is measured as one: embedding, each layer counted from 0 over the whole model, final norm, output layer.
+
+    A layer of multi-token prediction, with what surrounds it, is one too: ``mtp_1`` and so on.
+    """
+    layers = [f"layer_{number}" for number in range(num_layers)]
+    deeper = [f"mtp_{depth}" for depth in range(1, predictions + 1)]
+    return ["embedding", *layers, "final_norm", *deeper, "output_layer"]
 
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter's global name belongs to."""
     if name.startswith(LAYER_PREFIX):
         return f"layer_{name.removeprefix(LAYER_PREFIX).partition('.')[0]}"
+    if name.startswith(PREDICTION_PREFIX):
+        return f"mtp_{int(name.removeprefix(PREDICTION_PREFIX).partition('.')[0]) + 1}"
     return "final_norm" if name.startswith("decoder.final_layernorm.") else name.partition(".")[0]
 
 
@@ -140,11 +155,13 @@ def output_modules(chunks: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """
     found: list[tuple[str, nn.Module]] = []
     for chunk in map(unwrap, chunks):
-        if chunk.pre_process:
+        if chunk.pre_process or chunk.mtp_process:
             found.append(("embedding", chunk.embedding))
         found += [(f"layer_{layer.layer_number - 1}", layer) for layer in chunk.decoder.layers]
-        if chunk.post_process:
+        if chunk.decoder.final_layernorm is not None:
             found.append(("final_norm", chunk.decoder.final_layernorm))
+        if chunk.mtp_process:
+            found += [(f"mtp_{depth}", layer.final_layernorm) for depth, layer in enumerate(chunk.mtp.layers, start=1)]
     return found
 
 

@@ -95,6 +95,7 @@ class MetricsWriter(Hook):
         self._tensorboard = _open_tensorboard(self._run.tensorboard, step) if log.tensorboard else None
         self._console = Console(self._run.log, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
         self._since_line: list[StepResult] = []
+        self._beside: dict[str, Any] = {}
 
     @_on_disk
     def say(self, line: str) -> None:
@@ -111,6 +112,10 @@ class MetricsWriter(Hook):
         """Note the start in ``progress.txt``."""
         self._progress(f"Starting job\tIteration: {self._step}")
 
+    def beside_step(self, values: dict[str, Any]) -> None:
+        """Values that belong to the next step's record; its numbers are also printed, and go to TensorBoard."""
+        self._beside = values
+
     @_on_disk
     def after_step(self, state: Any, result: StepResult) -> None:
         """Record the step; at the interval and at the target also print Megatron's line and write TensorBoard."""
@@ -120,11 +125,13 @@ class MetricsWriter(Hook):
         )
         if state is not None and len(state.cursor.order.sources) > 1:
             record["consumed_by_source"] = state.cursor.consumed_by_source
+        record |= cleaned(self._beside)
         _write(self._metrics, record)
         self._since_line.append(result)
         self._console.advance(loss=result.loss, tokens_per_second=record["tokens_per_second"])
         if result.step % self._interval == 0 or result.step == self._train_iters:
             self._line(memory)
+        self._beside = {}
 
     @_on_disk
     def validation(
@@ -185,11 +192,7 @@ class MetricsWriter(Hook):
         """
         if self._dynamics is None:
             self._dynamics = _open_records(self._run.dynamics, self._step)
-        clean = {
-            name: {layer: finite(number) for layer, number in value.items()} if isinstance(value, dict) else value
-            for name, value in record.items()
-        }
-        _write(self._dynamics, clean)
+        _write(self._dynamics, cleaned(record))
         if self._tensorboard is not None:
             self._tensorboard.write(_tags(record), step=record["step"], consumed_samples=record["consumed_samples"])
 
@@ -245,9 +248,13 @@ class MetricsWriter(Hook):
         tflops = self._throughput.tflops_per_second(tokens, seconds)
         now = datetime.now()
         self.say(iteration_line(results, train_iters=self._train_iters, tflops_per_second=tflops, now=now))
+        beside = {name.replace("_", " "): value for name, value in self._beside.items() if isinstance(value, float)}
+        if beside:
+            self.say(" " + " | ".join(f"{name}: {value:.6E}" for name, value in beside.items()))
         if self._tensorboard is None:
             return
         scalars = {
+            **{name: value for name, value in beside.items() if finite(value) is not None},
             "learning-rate": last.learning_rate,
             "batch-size": last.batch_size,
             "loss-scale": 1.0,
@@ -265,6 +272,17 @@ class MetricsWriter(Hook):
 
     def _progress(self, event: str) -> None:
         append_progress(self._run.progress, event, world_size=self._throughput.world_size, now=datetime.now())
+
+
+def cleaned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with None for every number that JSON has no word for, however deep it lies."""
+    return {name: _clean(value) for name, value in record.items()}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return cleaned(value)
+    return finite(value) if isinstance(value, float) else value
 
 
 def _tags(record: dict[str, Any]) -> dict[str, float]:

@@ -14,9 +14,10 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-from megatron_slm.model.gpt import HIDDEN_MATRICES
+from megatron_slm.model.gpt import is_hidden_matrix
+from megatron_slm.parallel.router import balance, routers
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
-from megatron_slm.train.optimizer_state import inner_optimizers, keep_buckets_in_place
+from megatron_slm.train.optimizer_state import inner_optimizers
 
 
 def build_optimizer(
@@ -57,7 +58,8 @@ def build_optimizer(
     )
     for inner in inner_optimizers(built):
         use_fused_adam(inner.optimizer)
-    keep_buckets_in_place(built)
+    # Beside the parameters, what an update moves: see ``parallel.router.balance``.
+    built.balanced_routers = [router for router in routers(chunks) if router.expert_bias is not None]
     return built
 
 
@@ -68,7 +70,7 @@ def _overrides(optimizer: OptimizerConfig, width_multiplier: float) -> dict[Para
     )
     overrides = {ParamKey(with_name_predicate=is_vector): ParamGroupOverride(wd_mult=0.0)}
     if width_multiplier != 1.0:
-        is_hidden = ParamWithNamePredicate(name="hidden_matrix", fn=lambda param, name: name.endswith(HIDDEN_MATRICES))
+        is_hidden = ParamWithNamePredicate(name="hidden_matrix", fn=lambda param, name: is_hidden_matrix(name))
         overrides[ParamKey(with_name_predicate=is_hidden)] = ParamGroupOverride(
             max_lr=optimizer.lr / width_multiplier, min_lr=optimizer.min_lr / width_multiplier
         )
@@ -96,7 +98,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip by the norm that ``gradient_norm`` has returned, step and gather the parameters.
+    """Clip by the norm that ``gradient_norm`` has returned, step, gather the parameters and balance the experts.
 
     Core's own ``step`` does all of it at once; between its parts the batch can still be rejected.
     """
@@ -106,3 +108,4 @@ def apply_update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
             clip_grad_by_total_norm_fp32(parameters, max_norm=inner.config.clip_grad, total_norm=grad_norm)
     with torch.no_grad():
         optimizer.step_with_ready_grads()
+        balance(optimizer.balanced_routers)

@@ -1,4 +1,4 @@
-"""What an optimizer holds: master weights by name; moments and steps, made before a save and put back as they were."""
+"""What an optimizer holds: master weights by name, the ranks over which they are divided, and first moments of zero."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
@@ -46,7 +47,7 @@ def named_masters(optimizer: MegatronOptimizer, chunks: list[Any]) -> list[Maste
     return [
         Master(names[param], param, tensor, start)
         for inner in inner_optimizers(optimizer)
-        for param, tensor, start in _masters(inner)
+        for param, tensor, start in masters_of(inner)
     ]
 
 
@@ -71,16 +72,18 @@ def counts_once(master: Master, optimizer: MegatronOptimizer, groups: Any) -> bo
     A parameter that tp ranks replicate counts on the first of them, a tied embedding on the first pipeline stage, and a
     master that data-parallel ranks replicate on the first of them: what core's gradient norm counts.
     """
+    # Experts that have replicas of their own; see ``parallel.experts.mark_expert_weights``.
+    replicas = groups.dp_cp if getattr(master.param, "allreduce", True) else groups.expt_dp
     divided = any(isinstance(inner, DistributedOptimizer) for inner in inner_optimizers(optimizer))
     return bool(
         param_is_not_shared(master.param)
         and param_is_not_tensor_parallel_duplicate(master.param, groups.tp)
-        and (divided or groups.dp_cp.rank() == 0)
+        and (divided or replicas.rank() == 0)
     )
 
 
-def _masters(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-    """(parameter, master, offset in the flattened parameter) of one of core's optimizers."""
+def masters_of(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+    """(parameter, master, offset in the flattened parameter) of everything that one of core's optimizers holds."""
     flat = chain.from_iterable
     if isinstance(inner, DistributedOptimizer):
         half = zip(flat(inner.model_float16_groups), flat(inner.shard_fp32_from_float16_groups), strict=True)
@@ -98,53 +101,32 @@ def _masters(inner: Any) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
                 yield param, param, 0
 
 
-class BucketwiseState(DistributedOptimizer):
-    """Core's distributed optimizer, whose gathered state lies where its readers look for it.
-
-    Core 0.16.1 concatenates the buckets without their padding and then slices the result at offsets that count it
-    (``sharded_param_state_fully_reshardable``): behind a padded bucket every moment and master weight is shifted, in
-    the checkpoint and silently. Buckets are padded to multiples of lcm(dp, 128).
-    """
-
-    def get_parameter_state_dp_zero(self, *args: Any, **kwargs: Any) -> Any:
-        """Core's state with each bucket's tensors moved to the bucket's own offset; None where core returns None."""
-        state = super().get_parameter_state_dp_zero(*args, **kwargs)
-        if state is None:
-            return None
-        for number, buffer in enumerate(self.buffers):
-            for tensors in state[number].values():
-                for key in ("param", "exp_avg", "exp_avg_sq"):
-                    if key in tensors:
-                        tensors[key] = _spread(tensors[key], buffer)
-        return state
-
-
-def _spread(packed: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """Tensor [unpadded elements of all buckets] -> [elements of the buffer], padding zero."""
-    spread, start = packed.new_zeros(buffer.numel), 0
-    for bucket in buffer.buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return spread
-
-
-def keep_buckets_in_place(optimizer: MegatronOptimizer) -> None:
-    """Make the distributed optimizers ``BucketwiseState``; core constructs the class by its own name."""
-    for inner in inner_optimizers(optimizer):
-        if type(inner) is DistributedOptimizer:
-            inner.__class__ = BucketwiseState
-
-
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Core's optimizers that hold a torch optimizer; one for a dense model."""
     parts: list[MegatronOptimizer] = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if part.optimizer is not None]
 
 
+def dividing_groups(optimizer: MegatronOptimizer) -> dict[nn.Parameter, dist.ProcessGroup | None]:
+    """Of every trained parameter the ranks over which its master is divided; None where this rank holds all of it.
+
+    Experts are divided over other ranks than the rest of the model.
+    """
+    groups: dict[nn.Parameter, dist.ProcessGroup | None] = {}
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, DistributedOptimizer):
+            params = chain.from_iterable(buffer.param_index_map for buffer in inner.buffers)
+            groups |= dict.fromkeys(params, inner.data_parallel_group)
+        else:
+            groups |= dict.fromkeys((param for param, _, _ in masters_of(inner)), None)
+    return groups
+
+
 def initialise_state(optimizer: MegatronOptimizer) -> None:
-    """Create AdamW's moments now instead of at the first step: core can neither save nor load an empty state."""
+    """Create the moments now instead of at the first step: a checkpoint is read into them."""
     for inner in inner_optimizers(optimizer):
         if not isinstance(inner.optimizer, torch.optim.AdamW):
+            inner.init_state_fn(inner.optimizer, inner.config)
             continue
         for group in inner.optimizer.param_groups:
             for param in group["params"]:
@@ -153,35 +135,3 @@ def initialise_state(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(param),
                     "exp_avg_sq": torch.zeros_like(param),
                 }
-
-
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Put a loaded state into ``optimizer``: moments, master weights and steps, but no hyper-parameter.
-
-    Core's own load is taken in parts, because as a whole, with torch's AdamW, it (1) looks for a step counter among the
-    sharded tensors, where there is none, (2) lets all parameters share one counter, which AdamW would then advance once
-    per parameter, and (3) replaces the configured rates, betas and decay by those of the checkpoint.
-    """
-    parts = inner_optimizers(optimizer)
-    assert len(parts) == 1, "a dense model has one optimizer; chained ones are saved under their number"
-    inner = parts[0]
-    options = [_options(group) for group in inner.optimizer.param_groups]
-    if isinstance(inner, DistributedOptimizer):
-        tensors = state["param_state"]
-        inner.load_state_dict({key: value for key, value in state.items() if not key.startswith("param_state")})
-        steps = {param: values.pop("step") for param, values in inner.optimizer.state.items() if "step" in values}
-        inner.load_parameter_state_from_fully_reshardable(tensors)
-        for param, step in steps.items():
-            inner.optimizer.state[param]["step"] = step
-    else:
-        inner.load_state_dict(state)
-    for values in inner.optimizer.state.values():
-        if isinstance(values.get("step"), torch.Tensor):
-            values["step"] = values["step"].clone()
-    for group, kept in zip(inner.optimizer.param_groups, options, strict=True):
-        group.update(kept)
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What the configuration, not the checkpoint, decides in a parameter group."""
-    return {key: value for key, value in group.items() if key not in ("params", "step")}

@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_slm.errors import CheckpointError
 from megatron_slm.train.manifest import read_regular, regular_size
-from megatron_slm.train.payload_index import PayloadIndex, Span, read_index
+from megatron_slm.train.payload_index import Chunk, PayloadIndex, Span, read_index
 
 COMMON_FILE = "common.pt"
 NOT_WEIGHTS = (
@@ -196,11 +196,21 @@ def read_tensor(path: Path, index: PayloadIndex, name: str) -> torch.Tensor:
     whole = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
     for chunk in stored.chunks:
         block = tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-        try:
-            whole[block].copy_(_weights(io.BytesIO(_bytes(path, chunk.span))))
-        except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{path / chunk.span.file} is damaged at {name} ({_said(error)})") from error
+        whole[block].copy_(read_chunk(path, name, chunk))
     return whole
+
+
+def read_chunk(path: Path, name: str, chunk: Chunk) -> torch.Tensor:
+    """One stored block of tensor ``name``, of the shape ``chunk.sizes``.
+
+    Raises:
+        CheckpointError: its bytes are damaged, or of another shape.
+    """
+    try:
+        data: torch.Tensor = _weights(io.BytesIO(_bytes(path, chunk.span)))
+        return data.reshape(chunk.sizes)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / chunk.span.file} is damaged at {name} ({_said(error)})") from error
 
 
 def read_object(path: Path, index: PayloadIndex, name: str) -> Any:

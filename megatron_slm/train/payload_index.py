@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_slm.errors import CheckpointError
+from megatron_slm.parallel.partition import ROOTS
 from megatron_slm.train.manifest import read_regular
 
 METADATA_FILE = ".metadata"
@@ -28,10 +29,6 @@ DTYPE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2"), 1),
 }
 """Every dtype a tensor may have, by torch's name, and the bytes of one element."""
-
-
-WEIGHTS = ("embedding", "decoder", "output_layer")
-"""How the names of the model's own tensors begin, in core's GPTModel."""
 
 
 class Span(NamedTuple):
@@ -83,7 +80,7 @@ class PayloadIndex:
 def group_of(name: str) -> str:
     """What a name of the payload belongs to: "optimizer", "random", a part's name ("ema"), or "weights"."""
     first = name.partition(".")[0].partition("/")[0]
-    return "weights" if first in WEIGHTS else first
+    return "weights" if first in ROOTS else first
 
 
 def is_weight(name: str) -> bool:

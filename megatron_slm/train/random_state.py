@@ -14,8 +14,9 @@ class RandomState:
 
     Args:
         seed: the run's seed.
-        dp_rank, pp_rank: replicas and stages draw different dropout masks. Ranks of one tp group share the default
-            stream and differ in core's model-parallel stream, as core's layers expect.
+        dp_rank, pp_rank: ranks with other tokens (counted over dp and cp together) and other stages draw different
+            dropout masks. Ranks of one tp group share the default stream and differ in core's model-parallel stream, as
+            core's layers expect.
     """
 
     def __init__(self, seed: int, *, dp_rank: int, pp_rank: int) -> None:

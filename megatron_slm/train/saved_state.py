@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any
 
 from megatron_slm.errors import CheckpointError
+from megatron_slm.parallel.layout import Layout
 from megatron_slm.train.manifest import read_regular
 
 STATE_FILE = "state.json"
@@ -32,11 +33,22 @@ class SavedState:
     """Names of the tensors stored beside model and optimizer."""
     averaged: list[str] = field(default_factory=list)
     """Where the weights are a mean: the checkpoints it is of. There is no optimizer state then."""
+    resharded_from: dict[str, int] = field(default_factory=dict)
+    """Where the payload was cut anew for ``layout``: the degrees before. There are no random states then."""
+    global_hash: str = ""
+    """Of the tensors (``global_hash``), where it has been taken."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         """The text of ``state.json``."""
         return json.dumps(asdict(self), indent=1)
+
+
+def layout_record(layout: Layout) -> dict[str, int]:
+    """The degrees under which random states have their owners; those of the experts where they are not the others'."""
+    experts = {"ep": layout.expert_model_parallel_size, "etp": layout.expert_tp_size}
+    divided = layout.expert_model_parallel_size > 1 or layout.expert_tp_size != layout.tensor_model_parallel_size
+    return {"world_size": layout.world_size, "vpp": layout.vpp_size, **layout.sizes, **(experts if divided else {})}
 
 
 def read_state(path: Path) -> SavedState:
@@ -87,6 +99,8 @@ def _require_types(state: SavedState) -> None:
         "records.guard.interventions": _is_count(guard.get("interventions", 0)),
         "parts": _is_list_of(state.parts, str),
         "averaged": _is_list_of(state.averaged, str),
+        "resharded_from": _is_mapping_of(state.resharded_from, int),
+        "global_hash": isinstance(state.global_hash, str),
     }
     for name, sound in right.items():
         if not sound:

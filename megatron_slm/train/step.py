@@ -30,7 +30,7 @@ LOSS = "lm loss"
 
 
 class StepInput(NamedTuple):
-    """One global batch: this rank's micro-batches of tensors [B, S], and the cursor once they are consumed."""
+    """One global batch: this rank's micro-batches of tensors [B, S/cp], and the cursor once they are consumed."""
 
     micro_batches: list[Batch]
     cursor: Cursor

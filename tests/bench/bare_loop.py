@@ -96,7 +96,7 @@ def build(parallel: ParallelConfig, groups: Any, *, micro_batches: int, samples:
 
     RandomState(1, dp_rank=groups.dp.rank(), pp_rank=groups.pp.rank())
     config = transformer_config(MODEL, parallel, PrecisionConfig(), TrainConfig(), device="cpu")
-    spec, norm, _ = choose_spec("cpu", packed_documents=False)
+    spec, norm, _ = choose_spec("cpu", MODEL, packed_documents=False)
     chunks = build_chunks(
         MODEL, config, groups, vocab_size=VOCAB, seed=1, spec=(spec, norm), device=torch.device("cpu")
     )

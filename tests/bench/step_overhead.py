@@ -76,7 +76,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
         log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, 0) if environment.rank == 1 else None
         plan = run.step_plan(config, groups, torch.device("cpu"))
         loader = run.train_loader(config, data, groups)
-        inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan.device)
+        inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan)
         interventions = run.build_interventions(resolved, data, loader, layout, record, log)
         guard = Guard(config.train)
 

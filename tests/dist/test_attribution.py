@@ -87,6 +87,18 @@ LAYOUTS: dict[str, tuple[Task, int, list[tuple[Fault, str, str]]]] = {
             ),
         ],
     ),
+    "context parallel": (
+        TASK.on(context_parallel_size=2),
+        2,
+        [
+            (Fault("forward", LAYER + "1.mlp.linear_fc2", rank=1, micro_batch=5), "forward", "output"),
+            (
+                Fault("backward", LAYER + "2.mlp.linear_fc1", rank=1, micro_batch=3),
+                "backward",
+                "gradient of the output",
+            ),
+        ],
+    ),
     "recomputed layers": (
         replace(TASK, train=RECOMPUTED),
         1,
@@ -175,7 +187,7 @@ class Trained:
         self.task = task
         self.groups, chunks, optimizer = build(task)
         initialise_state(optimizer)
-        random = RandomState(task.train.seed, dp_rank=self.groups.dp.rank(), pp_rank=self.groups.pp.rank())
+        random = RandomState(task.train.seed, dp_rank=self.groups.dp_cp.rank(), pp_rank=self.groups.pp.rank())
         self.state = TrainState(chunks, optimizer, random, Position(0))  # type: ignore[arg-type]
         self.plan = StepPlan(
             pretrain.loss, lambda step: 1e-3, 1e-3, task.model.seq_length, self.groups, torch.device("cpu")

@@ -37,6 +37,7 @@ GPT2 = ModelConfig(
 )
 LLAMA = Task(iters=2, train=TWO)
 TIED = Task(iters=2, train=TWO, model=GPT2)
+PREDICTING = Task(iters=2, train=TWO, model=replace(SMALL, mtp_num_layers=1))
 
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
 PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
@@ -99,7 +100,8 @@ def measure(task: Task, interval: int | None = 1) -> Measured:
     found = Measured([], [], [], [], {})
     hooks: list[Hook] = []
     if interval is not None:
-        layers = LayerNorms(interval, task.model.num_layers, groups, found.layers.append)
+        depths = task.model.mtp_num_layers or 0
+        layers = LayerNorms(interval, task.model.num_layers, groups, found.layers.append, predictions=depths)
         hooks = [NoiseScale(interval, plan, found.noise.append), layers]
     for step in range(task.iters):
         inputs = StepInput(
@@ -145,12 +147,13 @@ TIED_TOO = ("pp2-vpp2", "tp2-pp2-sp")
 
 
 @pytest.mark.parametrize(
-    ("family", "layout"), [*(("llama", name) for name in LAYOUTS), *(("tied", name) for name in TIED_TOO)]
+    ("family", "layout"),
+    [*(("llama", name) for name in LAYOUTS), *(("tied", name) for name in TIED_TOO), ("predicting", "tp2-pp2-sp")],
 )
 def test_every_layout_measures_what_one_rank_does(family: str, layout: str) -> None:
     """In float64, where two layouts differ by the order of sums and by the norm that core clips with, in fp32."""
     world_size, degrees, train = LAYOUTS[layout]
-    task = {"llama": LLAMA, "tied": TIED}[family]
+    task = {"llama": LLAMA, "tied": TIED, "predicting": PREDICTING}[family]
     found, expected = measured(replace(task.on(**degrees), train=train), world_size), one_rank(task)
     for step in range(task.iters):
         assert flat(found.layers[step]) == pytest.approx(flat(expected.layers[step]), rel=1e-8, abs=0)
@@ -172,7 +175,7 @@ def test_half_and_single_precision_stay_within_their_own_noise(layout: str, bf16
     assert flat(found.layers[0]) == pytest.approx(flat(expected.layers[0]), rel=5e-3 if bf16 else 1e-6, abs=0)
 
 
-@pytest.mark.parametrize("task", [LLAMA, TIED])
+@pytest.mark.parametrize("task", [LLAMA, TIED, PREDICTING])
 def test_layers_add_up_to_the_global_norm(task: Task) -> None:
     found = one_rank(task)
     for record, norm in zip(found.layers, found.grad_norms, strict=True):

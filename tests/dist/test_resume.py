@@ -81,23 +81,9 @@ PADDED = {
 
 @pytest.mark.parametrize("case", PADDED)
 def test_resume_is_bitwise_where_buckets_are_padded(tmp_path: Path, data: Path, case: str) -> None:
-    """Core 0.16.1 shifts the saved moments behind a padded bucket; see ``BucketwiseState``."""
+    """Core 0.16.1 shifts the saved moments behind a padded bucket; see ``optimizer_shards``."""
     world_size, overrides = PADDED[case]
     check_bitwise(tmp_path, data, world_size, *overrides)
-
-
-def test_the_padded_case_is_one_that_core_gets_wrong(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without our class the same checkpoint differs: should core mend it, this test says so and the class can go."""
-    world_size, overrides = PADDED["several-buckets"]
-    iters = "train.train_iters=2"
-    assert runs.train(tmp_path / "ours", data, world_size, iters, *overrides) == 0
-    monkeypatch.setenv("MSLM_TEST_CORE_OPTIMIZER", "1")
-    assert runs.train(tmp_path / "core", data, world_size, iters, *overrides) == 0
-    ours, core = (runs.contents(runs.checkpoint_path(tmp_path / name, 2)) for name in ("ours", "core"))
-    assert runs.losses(tmp_path / "ours") == runs.losses(tmp_path / "core")
-    assert any("exp_avg" in name for name in runs.differences(ours, core))
 
 
 LAYOUTS = {

@@ -7,21 +7,29 @@ import importlib
 import inspect
 import logging
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_slm.errors import LaunchError
-from megatron_slm.parallel import device
+from megatron_slm.parallel import context, device
 
 device.preload("cpu")
 
 from megatron.core import parallel_state  # noqa: E402, F401  - the seam comes first, as in a run
+from megatron.core.models.common.embeddings import (  # noqa: E402
+    rope_utils,
+    rotary_pos_embedding,
+    yarn_rotary_pos_embedding,
+)
 from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import p2p_communication, schedules  # noqa: E402
-from megatron.core.tensor_parallel import random  # noqa: E402
+from megatron.core.tensor_parallel import mappings, random  # noqa: E402
+from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 
 CORE = Path(importlib.import_module("megatron.core").__path__[0])
 
@@ -204,9 +212,56 @@ def test_optimizer_shards_are_gathered_on_the_cpu() -> None:
     assert torch.device(torch.cpu.current_device()).type == "cpu"
 
 
+def test_rotary_positions_of_a_cp_rank_need_no_pinned_memory() -> None:
+    where = [("rope_utils.py", rope_utils), ("rotary_pos_embedding.py", rotary_pos_embedding)]
+    where.append(("yarn_rotary_pos_embedding.py", yarn_rotary_pos_embedding))
+    for name, module in where:
+        assert "get_pos_emb_on_this_cp_rank(" in source("models", "common", "embeddings", name)
+        assert module.get_pos_emb_on_this_cp_rank is context.rotary_part
+    text = source("models", "common", "embeddings", "rope_utils.py")
+    assert 'device="cpu", pin_memory=True' in text and "[cp_rank, (2 * cp_size - cp_rank - 1)]" in text
+    group = types.SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    assert context.rotary_part(torch.arange(8).view(8, 1), 0, group).flatten().tolist() == [2, 3, 4, 5]
+
+
 def test_float64_gradients_keep_their_precision_reason() -> None:
     assert "shard_main_param.grad = shard_model_grad.float()" in source("optimizer", "distrib_optimizer.py")
     assert distrib_optimizer.DistributedOptimizer._copy_model_grads_to_main_grads.keeps_float64
+
+
+def test_latent_attention_does_not_ask_for_classes_that_are_not_there() -> None:
+    assert not isinstance(multi_latent_attention.TELinear, type), "core no longer has stand-ins for these classes"
+    assert "isinstance(self.linear_proj, TELinear)" in source("transformer", "multi_latent_attention.py")
+    assert not multi_latent_attention.HAVE_TE
+
+
+def test_the_dispatchers_stream_is_always_done() -> None:
+    text = source("transformer", "moe", "token_dispatcher.py")
+    for call in ("torch.cuda.Stream()", "torch.cuda.current_stream()", "torch.cuda.stream(", ".record_event()"):
+        assert call in text, f"core no longer calls {call}"
+    cuda = view_of(token_dispatcher).cuda  # type: ignore[attr-defined]
+    stream = cuda.Stream()
+    with cuda.stream(stream):
+        stream.wait_stream(cuda.current_stream())
+    stream.record_event().synchronize()
+
+
+def test_split_sizes_are_arrays() -> None:
+    """Gloo counts through split sizes, and refuses tensors as numbers."""
+    assert "if torch.is_tensor(tensor) and tensor.is_cuda:" in source("transformer", "moe", "moe_utils.py")
+    assert "self.output_splits, as_numpy=True" in source("transformer", "moe", "token_dispatcher.py")
+    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3, 4]), as_numpy=True)
+    assert type(counts).__name__ == "ndarray" and counts.tolist() == [3, 4]
+    kept = torch.tensor([1])
+    assert token_dispatcher.maybe_move_tensor_to_cpu(kept) is kept
+    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def test_uneven_exchanges_are_still_made_of_calls_that_gloo_refuses() -> None:
+    text = source("tensor_parallel", "mappings.py")
+    assert "torch.distributed.all_gather(output_tensor_list, input_, group=group)" in text
+    assert "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)" in text
+    assert mappings._gather_along_first_dim.takes_uneven and mappings._reduce_scatter_along_first_dim.takes_uneven
 
 
 def test_applying_the_seam_twice_changes_nothing() -> None:

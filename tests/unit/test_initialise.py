@@ -89,5 +89,11 @@ def test_deviation_follows_megatron_and_mup() -> None:
     assert initial_deviation(out, wide) == pytest.approx(0.02 / 2 / 4)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert initial_deviation(name, wide) == 0.02
+    for expert in ("experts.experts.linear_fc2.weight", "shared_experts.linear_fc2.weight"):
+        assert initial_deviation(f"decoder.layers.mlp.{expert}", wide) == pytest.approx(0.02 / 2 / 4)
+    # Transformer Engine's grouped experts are one parameter each, numbered behind the name.
+    assert initial_deviation("decoder.layers.mlp.experts.linear_fc1.weight12", wide) == pytest.approx(0.02 / 2)
+    for name in ("decoder.layers.mlp.router.weight", "decoder.layers.mlp.shared_experts.gate_weight"):
+        assert initial_deviation(name, wide) == 0.02
     for name in ("decoder.final_layernorm.weight", "decoder.layers.self_attention.linear_qkv.bias"):
         assert initial_deviation(name, plain) is None

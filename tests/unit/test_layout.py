@@ -27,11 +27,15 @@ def test_groups_are_those_of_core(axis: str) -> None:
         assert [list(group) for group in layout.groups_of(axis)] == core
 
 
-def test_expert_groups_are_those_of_core() -> None:
-    for tp, ep, edp, pp in DEGREES:
-        layout = Layout(tp * ep * edp * pp, tp, pp, expert_model_parallel_size=ep)
-        core = RankGenerator(tp=tp, ep=ep, dp=edp, pp=pp, cp=1, order=ORDER).get_ranks("ep")
-        assert [list(group) for group in layout.groups_of("ep")] == core
+@pytest.mark.parametrize("axis", ["etp", "ep", "edp", "etp-ep", "etp-ep-pp"])
+def test_expert_groups_are_those_of_core(axis: str) -> None:
+    """Experts have a grid of their own: their tp may be larger or smaller than that of the dense layers."""
+    core_axis = axis.replace("etp", "tp").replace("edp", "dp")
+    for etp, ep, edp, pp in DEGREES:
+        core = RankGenerator(tp=etp, ep=ep, dp=edp, pp=pp, cp=1, order=ORDER).get_ranks(core_axis)
+        for tp in {1, etp, etp * ep}:
+            layout = Layout(etp * ep * edp * pp, tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+            assert [list(group) for group in layout.groups_of(axis)] == core
 
 
 def test_coordinates_and_ranks_are_inverse() -> None:
@@ -66,7 +70,11 @@ def test_sixteen_thousand_ranks() -> None:
     [
         ({"world_size": 6, "tensor_model_parallel_size": 4}, ("6", "4", "4 or 8")),
         ({"world_size": 2, "virtual_pipeline_model_parallel_size": 2}, ("virtual_pipeline_model_parallel_size 2", "1")),
-        ({"world_size": 4, "expert_model_parallel_size": 3}, ("expert_model_parallel_size 3", "4 x 1")),
+        ({"world_size": 4, "expert_model_parallel_size": 3}, ("expert_model_parallel_size 3", "3 or 6")),
+        (
+            {"world_size": 4, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 2},
+            ("expert_tensor_parallel_size 2", "expert_model_parallel_size 4", "8"),
+        ),
         ({"world_size": 0}, ("world_size is 0",)),
     ],
 )
@@ -85,9 +93,14 @@ def test_unknown_rank_and_axis_are_refused() -> None:
 
 def test_from_config_takes_every_degree() -> None:
     section = ParallelConfig(
-        tensor_model_parallel_size=2, pipeline_model_parallel_size=3, virtual_pipeline_model_parallel_size=2
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=3,
+        virtual_pipeline_model_parallel_size=2,
+        context_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
     )
-    assert Layout.from_config(section, 24) == Layout(24, 2, 3, 2)
+    assert Layout.from_config(section, 24) == Layout(24, 2, 3, 2, 2, 4, 1)
 
 
 def test_microbatches() -> None:

@@ -11,7 +11,10 @@ from megatron_slm.config.rules import violations
 from megatron_slm.config.values import Given, parse, show
 from megatron_slm.parallel.layout import split_layers
 
-IDS = "llama3-8b llama3-70b llama3-405b qwen2.5-0.5b qwen2.5-7b smollm2-135m smollm2-360m smollm2-1.7b gpt2 tiny"
+IDS = (
+    "llama3-8b llama3-70b llama3-405b qwen2.5-0.5b qwen2.5-7b qwen3-0.6b "
+    "smollm2-135m smollm2-360m smollm2-1.7b mixtral-8x7b gpt2 deepseek-v3 tiny"
+)
 
 
 def test_the_presets_have_the_published_names() -> None:

@@ -173,3 +173,16 @@ def test_without_the_package_one_sentence_says_what_to_install(path: Path, monke
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(DataError, match=r"pip install megatron-slm\[data\]"):
         Tokenizer.open(path)
+
+
+def test_what_lies_beside_a_published_file_travels_with_it(path: Path, tmp_path: Path) -> None:
+    published, first, second = (tmp_path / name for name in ("published", "first", "second"))
+    published.mkdir()
+    (published / "tokenizer.json").write_bytes(path.read_bytes())
+    train_tokenizer([TEXT], 400, published / "tokenizer.model")
+    (published / "chat_template.jinja").write_text("{{ messages }}")
+    (published / "model.safetensors").write_text("weights")
+    kept = Tokenizer.open(published / "tokenizer.json").save(first).save(second)
+    assert [file.name for file in kept.companions()] == ["chat_template.jinja", "tokenizer.model"]
+    # The sentencepiece file has come along, and is not taken for the tokenizer.
+    assert Tokenizer.open(second).hash == Tokenizer.open(path).hash
