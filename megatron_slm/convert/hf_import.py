@@ -89,7 +89,7 @@ class Source:
 
     def _require_shapes(self) -> None:
         formats: dict[str, str] = {}
-        for block, part in ((block, part) for block in self.blocks for part in block.parts):
+        for stored, part in ((block.name, part) for block in self.blocks for part in block.parts):
             found = self._files.described[self._stored[part.name]]
             if found.shape != part.shape:
                 raise CheckpointError(
@@ -101,10 +101,10 @@ class Source:
                     f"{found.file}: {self._stored[part.name]} is {found.dtype}; the formats read are "
                     f"{', '.join(DTYPES.values())}: save the model unquantised"
                 )
-            if (known := formats.setdefault(block.name, found.dtype)) != found.dtype:
+            if (known := formats.setdefault(stored, found.dtype)) != found.dtype:
                 raise CheckpointError(
-                    f"{found.file}: {self._stored[part.name]} is {found.dtype} and the like of other layers {known}; save "
-                    "the model in one dtype"
+                    f"{found.file}: {self._stored[part.name]} is {found.dtype} and the like of other layers {known}; "
+                    "save the model in one dtype"
                 )
 
     def _tied_output(self) -> list[str]:

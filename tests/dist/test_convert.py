@@ -1,4 +1,4 @@
-"""``mslm convert``: Hugging Face models of every family become checkpoints and back, bit for bit, with the same logits."""
+"""``mslm convert``: Hugging Face models of every family become checkpoints and back, with the same bits and logits."""
 
 from __future__ import annotations
 
@@ -53,16 +53,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(directory: Path, family: str, **saved: Any) -> Path:
-    """A random model of a family, saved by transformers; weights large enough for logits of order 1."""
-    name, config = FAMILIES[family]
+def make(directory: Path, name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32, **saved: Any) -> Path:
+    """A random model, saved by transformers; weights large enough for logits of order 1."""
     torch.manual_seed(7)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**config))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
-    model.to(torch.bfloat16 if "bfloat16" in family else torch.float32).save_pretrained(directory, **saved)
+    model.to(dtype).save_pretrained(directory, **saved)
     return directory
 
 
@@ -148,16 +147,52 @@ def report(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``NAME`` as transformers saves it, ``NAME-checkpoint`` imported from it, ``NAME-again`` exported from that."""
+    """``NAME`` as transformers saves it, ``NAME-checkpoint`` imported from it, ``NAME-again`` exported from that.
+
+    And ``sharded`` and ``half``, exported otherwise; ``gpt2-hub`` and ``llama-twice``, written as others do. All of it
+    is one process, because transformers takes seconds to import.
+    """
     root = tmp_path_factory.mktemp("families")
     commands: list[list[Any]] = []
-    for name in FAMILIES:
-        sharded = {"max_shard_size": "30KB"} if "bfloat16" in name else {}
-        model = make(root / name, name, **sharded)
-        commands.append(["hf-import", model, "--output", f"{model}-checkpoint"])
-        commands.append(["hf-export", f"{model}-checkpoint", "--output", f"{model}-again"])
+    for family, (name, config) in FAMILIES.items():
+        if "bfloat16" in family:
+            make(root / family, name, config, torch.bfloat16, max_shard_size="30KB")
+        else:
+            make(root / family, name, config)
+        commands.append(["hf-import", root / family, "--output", root / f"{family}-checkpoint"])
+        commands.append(["hf-export", root / f"{family}-checkpoint", "--output", root / f"{family}-again"])
+    commands += [
+        ["hf-export", root / "llama-checkpoint", "--output", root / "sharded", "--max-shard-size", "60KB"],
+        ["hf-export", root / "qwen2-checkpoint", "--output", root / "half", "--dtype", "bfloat16"],
+    ]
+    for path in (as_on_the_hub(root), stored_twice(root)):
+        commands.append(["hf-import", path, "--output", f"{path}-checkpoint"])
     converted(*commands)
     return root
+
+
+def as_on_the_hub(root: Path) -> Path:
+    """GPT-2 without the first word of its names, and with masks."""
+    path = shutil.copytree(root / "gpt2", root / "gpt2-hub")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in weights(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def stored_twice(root: Path) -> Path:
+    """A tied matrix under both names, and the keys of transformers 4."""
+    path = shutil.copytree(root / "llama-tied-bfloat16", root / "llama-twice")
+    tensors = weights(path)
+    for file in path.glob("model*"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
+    del config["rope_parameters"]
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -190,8 +225,7 @@ def test_a_window_bounds_the_positions(families: Path) -> None:
 
 
 def test_shards_hold_consecutive_layers_and_are_listed(families: Path, tmp_path: Path) -> None:
-    out = tmp_path / "sharded"
-    converted(["hf-export", families / "llama-checkpoint", "--output", out, "--max-shard-size", "60KB"])
+    out = families / "sharded"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = {path.name: set(load_file(path)) for path in out.glob("*.safetensors")}
     assert len(files) > 2 and max(path.stat().st_size for path in out.glob("*.safetensors")) < 70_000
@@ -203,38 +237,19 @@ def test_shards_hold_consecutive_layers_and_are_listed(families: Path, tmp_path:
     converted(["hf-import", out, "--output", tmp_path / "back", "--no-logits"])
 
 
-def test_a_dtype_rounds_and_says_so(families: Path, tmp_path: Path) -> None:
-    out = tmp_path / "half"
-    converted(["hf-export", families / "qwen2-checkpoint", "--output", out, "--dtype", "bfloat16"])
+def test_a_dtype_rounds_and_says_so(families: Path) -> None:
+    out = families / "half"
     rounded = {name: tensor.bfloat16() for name, tensor in weights(families / "qwen2").items()}
     assert runs.differences(rounded, weights(out)) == []
     assert "rounded to bfloat16" in report(out)["compared"]
     assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
 
 
-def test_files_as_older_releases_and_the_hub_have_them(families: Path, tmp_path: Path) -> None:
-    """GPT-2 without its first word and with masks; a tied matrix stored twice; the keys of transformers 4."""
-    old = shutil.copytree(families / "gpt2", tmp_path / "gpt2")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in weights(old).items()}
-    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
-    save_file(tensors, old / "model.safetensors")
-    twice = shutil.copytree(families / "llama-tied-bfloat16", tmp_path / "twice")
-    tensors = weights(twice)
-    for file in twice.glob("model*"):
-        file.unlink()
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, twice / "model.safetensors")
-    config = json.loads((twice / "config.json").read_text())
-    config |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": config.pop("dtype")}
-    del config["rope_parameters"]
-    (twice / "config.json").write_text(json.dumps(config))
-    converted(*([("hf-import"), path, "--output", f"{path}-checkpoint"] for path in (old, twice)))
-    for path, same in ((old, "gpt2"), (twice, "llama-tied-bfloat16")):
-        first, second = (
-            runs.contents(checkpoint) for checkpoint in (Path(f"{path}-checkpoint"), families / f"{same}-checkpoint")
-        )
-        del first["state"], second["state"]
-        assert runs.differences(first, second) == []
+@pytest.mark.parametrize(("path", "same"), [("gpt2-hub", "gpt2"), ("llama-twice", "llama-tied-bfloat16")])
+def test_files_as_older_releases_and_the_hub_have_them(path: str, same: str, families: Path) -> None:
+    first, second = (runs.contents(families / f"{name}-checkpoint") for name in (path, same))
+    del first["state"], second["state"]
+    assert runs.differences(first, second) == []
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +258,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_through_a_run_on_four_ranks_and_back(data: Path, tmp_path: Path) -> None:
-    """Imported, trained at rate 0 under TP2 x PP2, exported: the same file, with a tokenizer that transformers reads."""
-    FAMILIES["trained"] = ("Llama", {**DECODER, "vocab_size": 512, "num_hidden_layers": 4})
-    model = make(tmp_path / "model", "trained")
-    converted(["hf-import", model, "--output", tmp_path / "imported"])
+    """Imported, trained at rate 0 under TP2 x PP2, exported: the same file, and a tokenizer that transformers reads."""
+    model = make(tmp_path / "model", "Llama", {**DECODER, "vocab_size": 512, "num_hidden_layers": 4})
+    converted(["hf-import", model, "--output", tmp_path / "imported", "--no-logits"])
     section = (tmp_path / "imported" / "config.yaml").read_text().splitlines()[1:]
     own = [f"model.{line.strip().replace(': ', '=')}" for line in section]
     layout = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"]

@@ -26,7 +26,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2-sp": (2, TP2 | SP),
     "pp2": (2, PP2),
     "pp2-vpp2": (2, VPP2),
-    "dp2": (2, {}),
     "dp2-overlap": (2, {"overlap_param_gather": True, "ddp_bucket_size": 20000}),
     "cp2": (2, {"context_parallel_size": 2}),
     "ep2": (2, {"expert_model_parallel_size": 2}),
@@ -86,9 +85,8 @@ CASES = [
     ("qk-layernorm", "tp2"),
     *(("latent", layout) for layout in ("tp2", "tp2-sp", "pp2-vpp2", "dp2-overlap", "tp2-pp2-sp")),
     *(("latent-plain", layout) for layout in ("tp2", "tp2-sp")),
-    *(("predicting", layout) for layout in ("tp2", "tp2-sp", "pp2", "dp2", "dp2-overlap", "tp2-pp2-sp")),
-    *(("predicting-tied", layout) for layout in ("tp2", "pp2-vpp2", "tp2-pp2-sp")),
-    ("latent-predicting", "tp2-pp2-sp"),
+    *(("predicting", layout) for layout in ("tp2", "tp2-sp", "pp2", "dp2-overlap", "tp2-pp2-sp")),
+    *(("predicting-tied", layout) for layout in ("tp2", "pp2-vpp2")),
     *(("deepseek", layout) for layout in ("ep2", "tp2-pp2-sp")),
 ]
 

@@ -1,4 +1,4 @@
-"""Why the optimizer's state in a checkpoint is ours: what core 0.16.1 would store of a distributed optimizer is shifted."""
+"""Why the optimizer in a checkpoint is ours: what core 0.16.1 would store of a distributed one is shifted."""
 
 from __future__ import annotations
 
