@@ -88,6 +88,11 @@ SUBSTITUTIONS = (
         "float64 parameters take their gradient shard as it is; all others go through core's method",
     ),
     Substitution(
+        "moe_utils.topk_routing_with_score_function",
+        "rounds the scores of float64 logits to fp32: what differs in the 16th digit can then differ in the 8th",
+        "float64 logits are scored in float64; all others go through core's function",
+    ),
+    Substitution(
         "get_pos_emb_on_this_cp_rank (in the three modules of rotary embeddings)",
         "its two chunk numbers are made in pinned memory and moved to the GPU",
         "parallel.context.rotary_part, the same cut by slices",
@@ -264,7 +269,7 @@ def _substitute() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     from megatron_slm.parallel import stand_ins
     from megatron_slm.parallel.context import rotary_part
@@ -294,6 +299,9 @@ def _substitute() -> None:
     for embedding in (rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding):
         embedding.get_pos_emb_on_this_cp_rank = rotary_part
     multi_latent_attention.HAVE_TE = False
+    moe_utils.topk_routing_with_score_function = stand_ins.keep_float64_scores(
+        moe_utils.topk_routing_with_score_function
+    )
     token_dispatcher.maybe_move_tensor_to_cpu = stand_ins.counts_as_array
     mappings._gather_along_first_dim = stand_ins.uneven_gather(mappings._gather_along_first_dim)
     mappings._reduce_scatter_along_first_dim = stand_ins.uneven_scatter(mappings._reduce_scatter_along_first_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -74,6 +75,22 @@ def keep_float64_gradients(core_method: Callable[[Any], None]) -> Callable[[Any]
 
     copy.keeps_float64 = True  # type: ignore[attr-defined]
     return copy
+
+
+def keep_float64_scores(core_function: Callable[..., Any]) -> Callable[..., Any]:
+    """``topk_routing_with_score_function`` that scores float64 logits in float64."""
+    if getattr(core_function, "keeps_float64", False):
+        return core_function
+    code, wider = core_function.__code__, {"float": "double", "float32": "float64"}
+    names = tuple(wider.get(name, name) for name in code.co_names)
+    exact = types.FunctionType(code.replace(co_names=names), core_function.__globals__)
+    exact.__defaults__, exact.__kwdefaults__ = core_function.__defaults__, core_function.__kwdefaults__
+
+    def route(logits: Tensor, *rest: Any, **options: Any) -> Any:
+        return (exact if logits.dtype == torch.float64 else core_function)(logits, *rest, **options)
+
+    route.keeps_float64 = True  # type: ignore[attr-defined]
+    return route
 
 
 def counts_as_array(tensor: Tensor | None, as_numpy: bool = False, record_stream: bool = False) -> Any:

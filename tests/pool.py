@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.launch.port import reserve_port
-from tests.ranks import RankFailure, function_named, run_ranks
+from tests.ranks import RankFailure, function_named, run_ranks, warm_parent
 
 IDLE_SECONDS = 1800.0
 _ADDRESS = "127.0.0.1"
@@ -88,6 +88,7 @@ class RankPool:
 
     def _start(self) -> None:
         self._failure = None
+        warm_parent()  # started here, not by the thread below: it would die with that thread, and so with this pool
         with (
             tempfile.TemporaryDirectory(prefix="pool-") as directory,
             Listener(str(Path(directory, "socket")), "AF_UNIX", backlog=self.size) as listener,
@@ -147,5 +148,15 @@ def take_calls(address: str) -> None:
             result = function_named(call.module, call.file, call.qualname)(*pickle.loads(call.arguments))
             dist.barrier()  # rank 0 holds the store: nobody leaves while another still needs it
             destroy_groups()
-            gc.collect()  # a group ends its threads when nothing refers to it, and models refer to themselves
+            _forget_models()
             connection.send_bytes(pickle.dumps(result))
+
+
+def _forget_models() -> None:
+    """Let go of the models of a call and of their groups: a gloo group that lives on polls, 100 times a second."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # core remembers its last 32 calls, and with each the module
+    gc.collect()  # models refer to themselves

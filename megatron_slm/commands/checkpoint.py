@@ -119,9 +119,7 @@ def checkpoint_reshard(name: str, tokens: Sequence[str]) -> int:
         "as they are;\n--world-size, if it is not given, is one model replica. Random states belong to the ranks that "
         "were: the resume\ndraws new ones from seed and step, as under any other layout.",
     )
-    parser.add_argument(
-        "--output", required=True, type=path_of, metavar="RUN", help="directory to make, not there yet"
-    )
+    parser.add_argument("--output", required=True, type=path_of, metavar="RUN", help="directory to make, not there yet")
     own, rest = parser.parse_known_args(tokens)
     source, overrides = sources(rest)
     if source is None:

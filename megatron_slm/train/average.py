@@ -79,7 +79,9 @@ def _write(checkpoints: Sequence[Path], indices: Sequence[PayloadIndex], output:
         _write_payload(checkpoints, indices, temporary)
         shutil.copy2(newest / "config.yaml", temporary)
         shutil.copytree(newest / "tokenizer", temporary / "tokenizer")
-        averaged = replace(state, records={}, parts=[], global_hash="", averaged=[str(path.resolve()) for path in checkpoints])
+        averaged = replace(
+            state, records={}, parts=[], global_hash="", averaged=[str(path.resolve()) for path in checkpoints]
+        )
         (temporary / STATE_FILE).write_text(averaged.to_json(), encoding="utf-8")
         manifest.seal(temporary, step=state.step, identity=manifest.read_manifest(newest).identity)
         temporary.rename(output)

@@ -88,7 +88,8 @@ def described(run: RunConfig) -> str:
     }
     axes_text = " x ".join(f"{axis} {size}" for axis, size in degrees.items() if size > 1) or "no axis"
     options = [name for name in axes.features(run) if name not in degrees]
-    return ", ".join([f"{setting.world_size(run)} ranks = {axes_text}", *options, setting.own_precision(run)])
+    ranks = setting.world_size(run)
+    return ", ".join([f"{ranks} rank{'s' * (ranks > 1)} = {axes_text}", *options, setting.own_precision(run)])
 
 
 def _verified(run: RunConfig, jobs: Jobs, say: Callable[[str], None]) -> RunReport:

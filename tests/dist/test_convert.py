@@ -2,147 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests import runs
-from tests.ranks import run_ranks
+from tests.conversions import DECODER, FAMILIES, converted, make, mslm, report, weights
 
 transformers = pytest.importorskip("transformers")
-
-VOCAB = 100  # 28 rows below the embedding's 128: padding must appear and vanish again
-
-DECODER = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 128,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64}
-GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", DECODER),
-    "llama-tied-bfloat16": ("Llama", {**DECODER, "tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama-biases-wide-heads": ("Llama", {**DECODER, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
-    "llama-3.1": ("Llama", {**DECODER, "rope_parameters": LLAMA3_ROPE}),
-    "qwen2": ("Qwen2", DECODER),
-    "qwen3": ("Qwen3", {**DECODER, "head_dim": 16}),
-    "mistral-window": ("Mistral", {**DECODER, "sliding_window": 64}),
-    "mixtral": ("Mixtral", {**DECODER, "num_local_experts": 4}),
-    "gpt2": ("GPT2", GPT2),
-    "gpt2-untied-gelu": ("GPT2", {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 80}),
-}
-
-
-def make(directory: Path, name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32, **saved: Any) -> Path:
-    """A random model, saved by transformers; weights large enough for logits of order 1."""
-    torch.manual_seed(7)
-    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
-    model.to(dtype).save_pretrained(directory, **saved)
-    return directory
-
-
-def mslm(commands: list[list[str]], plant: str | None = None) -> list[tuple[int, str]]:
-    """``mslm ...`` of each, one after the other in one process; the exit codes and what was said on standard error.
-
-    Args:
-        plant: a name of ``PLANTS``, done in that process before.
-    """
-    result: list[tuple[int, str]] = run_ranks(_run, 1, commands, plant)[0]
-    for _, said in result:
-        assert "Traceback" not in said, said
-    return result
-
-
-def converted(*commands: list[Any]) -> None:
-    """Conversions that must succeed."""
-    for code, said in mslm([["convert", *map(str, command)] for command in commands]):
-        assert code == 0, said
-
-
-def _run(commands: list[list[str]], plant: str | None) -> list[tuple[int, str]]:
-    import torch.distributed as dist
-
-    from megatron_slm import cli
-
-    dist.destroy_process_group()  # a verb makes its own
-    if plant is not None:
-        PLANTS[plant]()
-    ended = []
-    for tokens in commands:
-        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as out:
-            code = cli.main(tokens)
-        ended.append((code, said.getvalue() + out.getvalue()))
-    return ended
-
-
-def _heads_out_of_order() -> None:
-    """Reading and writing agree with each other, and are both wrong."""
-    from megatron_slm.model import hf
-
-    hf.by_group = lambda heads, groups, head_dim: torch.arange((heads + 2 * groups) * head_dim)
-
-
-def _one_bit_too_many() -> None:
-    """The disk gives back another number than was written."""
-    from megatron_slm.train import payload_stream
-
-    right = payload_stream.BlockReader.block
-
-    def wrong(self: Any, name: str, offsets: Any, sizes: Any) -> torch.Tensor:
-        found = right(self, name, offsets, sizes)
-        if name == "decoder.layers.mlp.linear_fc2.weight":
-            found.view(torch.int32)[0, 0, 0] ^= 1
-        return found
-
-    payload_stream.BlockReader.block = wrong
-
-
-def _no_transformers() -> None:
-    sys.modules["transformers"] = None  # what Python calls a module that may not be imported
-
-
-PLANTS = {
-    "heads out of order": _heads_out_of_order,
-    "one bit too many": _one_bit_too_many,
-    "no transformers": _no_transformers,
-}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a Hugging Face directory."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def report(directory: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((directory / "conversion.json").read_text())
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +39,26 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["hf-export", root / "llama-checkpoint", "--output", root / "sharded", "--max-shard-size", "60KB"],
         ["hf-export", root / "qwen2-checkpoint", "--output", root / "half", "--dtype", "bfloat16"],
     ]
-    for path in (as_on_the_hub(root), stored_twice(root)):
+    for path in (as_on_the_hub(root), stored_twice(root), with_tokenizer(root)):
         commands.append(["hf-import", path, "--output", f"{path}-checkpoint"])
+    commands.append(["hf-export", root / "llama-tokenizer-checkpoint", "--output", root / "llama-tokenizer-again"])
     converted(*commands)
     return root
+
+
+def with_tokenizer(root: Path) -> Path:
+    """Llama with what a tokenizer of the hub consists of."""
+    path = shutil.copytree(root / "llama", root / "llama-tokenizer")
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    made.train_from_iterator(["abcdefgh ijklm"], trainer)
+    made.save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    return path
 
 
 def as_on_the_hub(root: Path) -> Path:
@@ -288,170 +178,41 @@ def test_through_a_run_on_four_ranks_and_back(data: Path, tmp_path: Path) -> Non
     assert transformers.AutoConfig.from_pretrained(tmp_path / "exported").eos_token_id == theirs.eos_token_id
 
 
-def test_the_tokenizer_travels_both_ways(families: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(families / "llama", tmp_path / "model")
-    tokenizer = byte_level(["<|endoftext|>", "<|im_end|>"], 90)
-    tokenizer.save(str(model / "tokenizer.json"))
-    (model / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"})
-    )
-    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    generate = ["generate", str(tmp_path / "checkpoint"), "--prompt", "ab", "--max-new-tokens", "3"]
-    commands = [
-        ["convert", "hf-import", str(model), "--output", str(tmp_path / "checkpoint")],
-        ["convert", "hf-export", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "again")],
-        generate,
-        ["checkpoint", "verify", str(tmp_path / "checkpoint")],
-        ["checkpoint", "inspect", str(tmp_path / "checkpoint")],
-    ]
-    for code, said in mslm(commands):
-        assert code == 0, said
+def test_the_tokenizer_travels_both_ways(families: Path) -> None:
+    model, again = families / "llama-tokenizer", families / "llama-tokenizer-again"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "again" / name).read_bytes() == (model / name).read_bytes()
-    described = json.loads((tmp_path / "again" / "config.json").read_text())
+        assert (again / name).read_bytes() == (model / name).read_bytes()
+    described = json.loads((again / "config.json").read_text())
     assert described["eos_token_id"] == 2, "config.json's own, as it was imported"
 
 
-def byte_level(special: list[str], vocab_size: int) -> Any:
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    made.train_from_iterator(["abcdefgh ijklm"], trainer)
-    return made
+def test_an_import_is_a_checkpoint_like_any_other(families: Path) -> None:
+    checkpoint = str(families / "llama-tokenizer-checkpoint")
+    commands = [
+        ["generate", checkpoint, "--prompt", "ab", "--max-new-tokens", "3"],
+        ["checkpoint", "verify", checkpoint],
+        ["checkpoint", "inspect", checkpoint],
+    ]
+    (code, said), (whole, verdict), (shown, contents) = mslm(commands)
+    assert code == 0 and "ab" in said
+    assert whole == 0 and verdict.strip().endswith("whole")
+    assert shown == 0 and "2 x 192 x 48" in contents, "gate and up of two layers"
 
 
 def test_wrong_bits_and_wrong_logits_are_found(families: Path, tmp_path: Path) -> None:
-    """Each fault, planted, fails its own check with exit code 1, and nothing looks as if it were published."""
+    """Each fault, planted, fails its own check with exit code 1; and nothing looks as if it were published."""
     command = ["convert", "hf-import", str(families / "llama"), "--output", str(tmp_path / "out")]
-    [(code, said)] = mslm([command], "one bit too many")
-    assert code == 1 and "2 of 21 tensors are not what they were made from (model.layers.0.mlp.down_proj" in said, said
-    [(code, said)] = mslm([command], "heads out of order")
-    assert code == 1 and "the logits are not those of transformers" in said, said
+    (code, bits), (second, heads) = mslm([command] * 2, {0: "one bit too many", 1: "heads out of order"})
+    assert code == 1 and "2 of 21 tensors are not what they were made from (model.layers.0.mlp.down_proj" in bits, bits
+    assert second == 1 and "the logits are not those of transformers" in heads, heads
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_transformers(families: Path, tmp_path: Path) -> None:
     command = ["convert", "hf-import", str(families / "llama"), "--output", str(tmp_path / "out")]
-    (code, said), (code_without, _) = mslm([command, [*command, "--no-logits"]], "no transformers")
+    missing = {0: "no transformers", 1: "no transformers"}
+    (code, said), (code_without, _) = mslm([command, [*command, "--no-logits"]], missing)
     assert code == 2 and "pip install 'megatron-slm[hf]'" in said and said.count("\n") == 1
     assert code_without == 0
     assert report(tmp_path / "out")["without_logits"] == "--no-logits was given"
     assert "Not compared: --no-logits was given" in (tmp_path / "out" / "conversion.md").read_text()
-
-
-def changed_config(**values: Any) -> Callable[[Path], None]:
-    def change(model: Path) -> None:
-        config = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps({**config, **values}))
-
-    return change
-
-
-def changed_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def rewrite(model: Path) -> None:
-        tensors = weights(model)
-        change(tensors)
-        save_file(tensors, model / "model.safetensors")
-
-    return rewrite
-
-
-def truncated(model: Path) -> None:
-    with (model / "model.safetensors").open("r+b") as stream:
-        stream.truncate(10_000)
-
-
-def as_pickle(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def indexed(**places: str) -> Callable[[Path], None]:
-    def write(model: Path) -> None:
-        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-
-    return write
-
-
-NORM = "model.norm.weight"
-DOWN = "model.layers.1.mlp.down_proj.weight"
-
-BAD_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda model: (model / "config.json").unlink(), "has no config.json"),
-    "no JSON": (lambda model: (model / "config.json").write_text("{"), "config.json cannot be read"),
-    "architecture": (changed_config(model_type="falcon"), 'model_type = "falcon" is not supported'),
-    "activation": (changed_config(hidden_act="gelu"), 'hidden_act = "gelu" is not supported; it must be silu'),
-    "rope": (changed_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters.rope_type"),
-    "rope key": (
-        changed_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1]}),
-        "rope_parameters.mrope_section",
-    ),
-    "half the biases": (changed_config(attention_bias=True), "attention_bias = true is not supported"),
-    "quantised": (changed_config(quantization_config={"bits": 4}), "quantization_config"),
-    "heads": (changed_config(num_key_value_heads=3), "num_key_value_heads = 3 is not supported"),
-    "type of a value": (changed_config(num_hidden_layers="2"), 'num_hidden_layers = "2" is not supported'),
-    "missing": (changed_weights(lambda tensors: tensors.pop(NORM)), f"lacks {NORM}"),
-    "extra": (changed_weights(lambda tensors: tensors.update(x=torch.ones(1))), "has x, for which a llama"),
-    "a layer too many": (changed_config(num_hidden_layers=1), r"has model\.layers\.1\..* \(and 8 more\)"),
-    "shape": (changed_weights(lambda tensors: tensors.update({NORM: torch.ones(47)})), r"shape \[47\].*\[48\]"),
-    "format": (changed_weights(lambda tensors: tensors.update({NORM: torch.ones(48).char()})), f"{NORM} is I8"),
-    "two formats": (changed_weights(lambda tensors: tensors.update({DOWN: tensors[DOWN].half()})), "in one dtype"),
-    "two matrices": (changed_config(tie_word_embeddings=True), "lm_head.weight is not equal to"),
-    "truncated": (truncated, "model.safetensors is damaged or no safetensors file"),
-    "pickle": (as_pickle, "pytorch_model.bin, a pickle .* save_pretrained writes safetensors"),
-    "no weights": (lambda model: (model / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "missing file": (indexed(**{NORM: "model-00001-of-00002.safetensors"}), "00002.safetensors is missing, which"),
-    "file elsewhere": (indexed(**{NORM: "../model.safetensors"}), "which is no file beside it"),
-    "index and file": (indexed(**{NORM: "model.safetensors"}), "do not agree on lm_head.weight"),
-}
-
-
-@pytest.fixture(scope="module")
-def refusals(families: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """What is said of each bad model; nothing may be left where the checkpoint would have been."""
-    root, out = tmp_path_factory.mktemp("bad"), tmp_path_factory.mktemp("out")
-    for name, (spoil, _) in BAD_MODELS.items():
-        spoil(shutil.copytree(families / "llama", root / name))
-    said = mslm([["convert", "hf-import", str(root / name), "--output", str(out / "x")] for name in BAD_MODELS])
-    assert list(out.iterdir()) == []
-    return dict(zip(BAD_MODELS, said, strict=True))
-
-
-@pytest.mark.parametrize("name", BAD_MODELS)
-def test_a_bad_model_is_refused_in_one_sentence(name: str, refusals: dict[str, tuple[int, str]]) -> None:
-    code, said = refusals[name]
-    assert code == 2
-    assert re.search(BAD_MODELS[name][1], said), said
-    assert said.startswith("mslm: ") and said.count("\n") == 1, said
-
-
-def test_a_bad_wish_is_refused_in_one_sentence(families: Path, tmp_path: Path) -> None:
-    """Of an export, and of any output that is there."""
-    checkpoint, out = families / "llama-checkpoint", tmp_path / "x"
-    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
-    with (damaged / "__0_0.distcp").open("r+b") as stream:
-        stream.seek(2000)
-        stream.write(b"\0\1\2\3")
-    (tmp_path / "there").mkdir()
-    before = sorted(tmp_path.rglob("*"))
-    cases: list[tuple[list[Any], str]] = [
-        (["hf-import", families / "llama", "--output", tmp_path / "there"], "there exists"),
-        (["hf-import", tmp_path / "nowhere", "--output", out], "has no config.json"),
-        (["hf-import", families / "llama", "--output", tmp_path / "iter_0000007"], "an import is of step 0"),
-        (["hf-export", checkpoint, "--output", tmp_path / "there"], "there exists"),
-        (["hf-export", families / "llama", "--output", out], "holds no checkpoint"),
-        (["hf-export", damaged, "--output", out], "is damaged"),
-        (["hf-export", checkpoint, "--output", out, "--ema"], "holds no averaged weights"),
-        (["hf-export", checkpoint, "--output", out, "--max-shard-size", "5 apples"], "write a number and KB"),
-        (
-            ["hf-export", checkpoint, "--output", out, "--model-type", "qwen2"],
-            "model.add_qkv_bias is False, not True",
-        ),
-        (["hf-export", checkpoint, "--output", out, "--model-type", "falcon"], "llama, mistral, qwen2"),
-    ]
-    said = mslm([["convert", *map(str, command)] for command, _ in cases])
-    for (code, text), (command, expected) in zip(said, cases, strict=True):
-        assert code == 2 and expected in text, (command, text)
-    assert sorted(tmp_path.rglob("*")) == before

@@ -38,7 +38,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", [EP2_TP2, EP2_PP2], ids=["ep2-tp2", "ep2-pp2"])
 def test_the_log_says_the_same_of_every_layout(tmp_path: Path, data: Path, layout: tuple[str, ...]) -> None:
     """In float64, every second step and the last."""
-    common = (*EXPERTS, "precision.fp64=true", "log.log_interval=2", "train.train_iters=3")
+    common = (
+        *EXPERTS,
+        "precision.fp64=true",
+        "log.log_interval=2",
+        "log.layer_norms_interval=2",
+        "train.train_iters=3",
+    )
     assert runs.train(tmp_path / "one", data, 1, *common) == 0
     assert runs.train(tmp_path / "several", data, 4, *common, *layout) == 0
     expected, found = (runs.records(tmp_path / name) for name in ("one", "several"))
@@ -50,14 +56,17 @@ def test_the_log_says_the_same_of_every_layout(tmp_path: Path, data: Path, layou
         assert list(one[BY_LAYER]["router_load_entropy"]) == ["layer_1", "layer_2", "layer_3"]
         assert one["router_load_max_over_mean"] > 1.0 and 0.0 < one["router_dropped_share"] < 0.5
         assert 0.5 < one["router_load_entropy"] < 1.0 and one["router_aux_loss"] >= 1.0
+    one, several = (runs.records(tmp_path / name, "dynamics.jsonl")[0] for name in ("one", "several"))
+    for quantity in ("grad_norm", "update_norm", "weight_norm", "activation_rms"):
+        assert several[quantity] == pytest.approx(one[quantity], rel=1e-9), quantity
     log = (tmp_path / "several" / "log.txt").read_text()
     assert log.count("router load max over mean: ") == 2 and "router aux loss: " in log
 
 
 @pytest.mark.parametrize("precision", ["precision.bf16=true", "parallel.use_distributed_optimizer=false"])
 def test_resume_is_bitwise(tmp_path: Path, data: Path, precision: str) -> None:
-    """Both optimizers, and the router's bias, which is no parameter and stays in fp32."""
-    common = (*EXPERTS, EP2, precision, "train.train_iters=3", "train.recompute_granularity=selective")
+    """Both optimizers, their average, and the router's bias, which is no parameter and stays in fp32."""
+    common = (*EXPERTS, EP2, precision, "train.train_iters=3", "train.ema_decay=0.5")
     assert runs.train(tmp_path / "straight", data, 2, *common) == 0
     assert runs.train(tmp_path / "resumed", data, 2, *common, "train.exit_interval=2") == 75
     assert runs.train(tmp_path / "resumed", data, 2, *common) == 0

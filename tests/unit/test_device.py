@@ -29,7 +29,7 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer  # 
 from megatron.core.pipeline_parallel import p2p_communication, schedules  # noqa: E402
 from megatron.core.tensor_parallel import mappings, random  # noqa: E402
 from megatron.core.transformer import multi_latent_attention  # noqa: E402
-from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
+from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 
 CORE = Path(importlib.import_module("megatron.core").__path__[0])
 
@@ -227,6 +227,20 @@ def test_rotary_positions_of_a_cp_rank_need_no_pinned_memory() -> None:
 def test_float64_gradients_keep_their_precision_reason() -> None:
     assert "shard_main_param.grad = shard_model_grad.float()" in source("optimizer", "distrib_optimizer.py")
     assert distrib_optimizer.DistributedOptimizer._copy_model_grads_to_main_grads.keeps_float64
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_float64_logits_of_a_router_are_scored_in_float64(score_function: str) -> None:
+    text = source("transformer", "moe", "moe_utils.py")
+    assert "torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(logits)" in text
+    assert "torch.sigmoid(logits.float()).type_as(logits)" in text
+    logits = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    probs, chosen = moe_utils.topk_routing_with_score_function(logits, 2, score_function=score_function)
+    scores = logits.exp() if score_function == "softmax" else logits.sigmoid()
+    expected = (scores * chosen) / (scores * chosen).sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(probs, expected, rtol=1e-14, atol=0)
+    rounded, _ = moe_utils.topk_routing_with_score_function(logits.float(), 2, score_function=score_function)
+    assert rounded.dtype == torch.float32 and not torch.allclose(rounded.double(), expected, rtol=1e-10, atol=0)
 
 
 def test_latent_attention_does_not_ask_for_classes_that_are_not_there() -> None:
