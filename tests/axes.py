@@ -155,5 +155,54 @@ def reasons(case: Case) -> list[str]:
     return idle + rules.violations(config_of(case), world_size(case))
 
 
-SPACE = Space(AXES, enabling=("tp", "pp", "cp", "dp", "sp", "mlp"), fits=fits, reasons=reasons)
+SPACE = Space(AXES, enabling=("tp", "pp", "cp", "dp", "etp", "sp", "mlp"), fits=fits, reasons=reasons)
 """What the matrix is drawn from."""
+
+EXCLUDED: dict[str, tuple[str, ...]] = {
+    "more ranks than there are": (
+        *(f"{one} 4 with {other} {size}" for one, other in (("cp", "dp"), ("cp", "pp"), ("cp", "tp")) for size in "24"),
+        *(f"{one} 4 with {other} {size}" for one, other in (("dp", "pp"), ("dp", "tp"), ("pp", "tp")) for size in "24"),
+        *(f"{one} 2 with {other} 4" for one, other in (("cp", "dp"), ("cp", "pp"), ("cp", "tp"))),
+        *(f"{one} 2 with {other} 4" for one, other in (("dp", "pp"), ("dp", "tp"), ("pp", "tp"))),
+        "ep 4 with pp 2",
+        "ep 2 with pp 4",
+        "ep 4 with pp 4",
+        "ep 4 with vpp 2",
+        *(f"{axis} 4 with vpp 2" for axis in ("tp", "cp", "dp")),
+        *(f"exchange all_gather with {axis} 4" for axis in ("tp", "pp")),
+        "dp 4 with exchange all_gather",
+        *("pp 4 with sp on", "cp 4 with sp on", "dp 4 with sp on"),
+        *("etp 1 with pp 4", "cp 4 with etp 1", "dp 4 with etp 1"),
+    ),
+    "interleaving needs a pipeline, twice as many layers, and micro-batches in groups of pp": (
+        "pp 1 with vpp 2",
+        "pp 4 with vpp 2",
+        "accumulation 1 with vpp 2",
+    ),
+    "sequence parallelism needs tp, and experts with tp need sequence parallelism": (
+        "sp on with tp 1",
+        "etp 1 with tp 1",
+        "etp 1 with sp off",
+    ),
+    "options of what is not there": (
+        "cp 1 with exchange all_gather",
+        *("ep 2 with mlp dense", "ep 4 with mlp dense", "etp 1 with mlp dense", "dispatcher allgather with mlp dense"),
+        "gather overlapped with optimizer replicated",
+    ),
+    "core 0.16.1 adds up the gradients of an expert's output bias over tp ranks": (
+        *("biases all with mlp experts", "biases all with mlp capacity", "biases all with mlp shared"),
+        *(
+            "biases all with ep 2",
+            "biases all with ep 4",
+            "biases all with etp 1",
+            "biases all with dispatcher allgather",
+        ),
+    ),
+    "core 0.16.1 recomputes no layer of multi-token prediction by blocks": ("mtp 1 with recompute block",),
+    "latent attention rotates, and its projections have no biases": (
+        "attention latent with positions learned",
+        "attention latent with biases qkv",
+    ),
+    "later tokens would be embedded at the positions of earlier ones": ("mtp 1 with positions learned",),
+}
+"""Pairs that no case holds, by the reason: what ``config.rules`` refuse, and what four ranks do not hold."""

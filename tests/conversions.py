@@ -6,8 +6,9 @@ import contextlib
 import importlib
 import io
 import json
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -124,7 +125,19 @@ def _no_transformers() -> Any:
     return mock.patch.dict(sys.modules, {"transformers": None})  # what Python calls a module that is not to be imported
 
 
+@contextlib.contextmanager
+def _full_disk() -> Iterator[None]:
+    """No file may grow beyond 20 kB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 PLANTS: dict[str, Callable[[], Any]] = {
+    "full disk": _full_disk,
     "heads out of order": _heads_out_of_order,
     "one bit too many": _one_bit_too_many,
     "no transformers": _no_transformers,

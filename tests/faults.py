@@ -191,6 +191,8 @@ def inner_state(state: Any, name: str) -> dict[str, torch.Tensor]:
     """AdamW's state of a parameter."""
     from megatron_slm.train.optimizer_state import inner_optimizers
 
-    (inner,) = inner_optimizers(state.optimizer)
-    found: dict[str, torch.Tensor] = inner.optimizer.state[master(state, name)]
+    own = master(state, name)
+    found: dict[str, torch.Tensor] = next(
+        inner.optimizer.state[own] for inner in inner_optimizers(state.optimizer) if own in inner.optimizer.state
+    )
     return found

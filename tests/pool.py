@@ -1,7 +1,7 @@
 """Gloo ranks that stay alive and take call after call: ``with RankPool(4) as pool: pool.call(work, 2, argument)``.
 
 Starting ranks and importing in them costs more than a small job. Each call joins a new default group of as many ranks
-as it asks for and leaves it again; the other ranks wait. A rank that fails ends the pool's ranks: the call raises what
+as it asks for; the other ranks wait. A rank that fails ends the pool's ranks: the call raises what
 ``run_ranks`` would have raised, with the rank's traceback, and the next call starts new ranks.
 """
 
@@ -10,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import gc
+import os
 import pickle
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed as dist
+
+from megatron_slm.launch.kinship import die_with_parent
 from megatron_slm.launch.port import reserve_port
 from tests.ranks import RankFailure, function_named, run_ranks, warm_parent
 
@@ -122,41 +126,50 @@ class RankPool:
 
 
 def take_calls(address: str) -> None:
-    """The life of one rank of a pool, which ends when the pool closes the connection."""
-    import torch.distributed as dist
+    """The life of one rank of a pool, which ends when the pool closes the connection.
 
-    from megatron_slm.parallel.groups import destroy_groups
-
+    Each call is answered by a fork of the rank. What a call leaves behind ends with it: patches, core's globals, and
+    gloo's threads, which poll 100 times a second as long as anything refers to a group (core does, in its caches).
+    """
     rank = dist.get_rank()
     dist.destroy_process_group()  # each call has a group of its own, of its own size
     with Client(address, "AF_UNIX") as connection:
         connection.send(rank)
+        faulthandler.cancel_dump_traceback_later()
+        parent = os.getpid()
         while True:
-            faulthandler.cancel_dump_traceback_later()
             try:
                 call: Call = connection.recv()
             except (EOFError, OSError):
                 return
-            faulthandler.dump_traceback_later(call.timeout_s, exit=True)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"tcp://{_ADDRESS}:{call.port}",
-                rank=rank,
-                world_size=call.world_size,
-                timeout=datetime.timedelta(seconds=call.timeout_s),
-            )
-            result = function_named(call.module, call.file, call.qualname)(*pickle.loads(call.arguments))
-            dist.barrier()  # rank 0 holds the store: nobody leaves while another still needs it
-            destroy_groups()
-            _forget_models()
-            connection.send_bytes(pickle.dumps(result))
+            pid = os.fork()
+            if pid == 0:
+                die_with_parent(parent)
+                _answer(call, rank, connection)
+            _, status = os.waitpid(pid, 0)
+            if code := os.waitstatus_to_exitcode(status):
+                raise SystemExit(f"rank {rank} of {call.world_size} ended with {code} in {call.qualname}; see above")
 
 
-def _forget_models() -> None:
-    """Let go of the models of a call and of their groups: a gloo group that lives on polls, 100 times a second."""
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
-
-    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
-        embedding.forward.cache_clear()  # core remembers its last 32 calls, and with each the module
-    gc.collect()  # models refer to themselves
+def _answer(call: Call, rank: int, connection: Connection[Any, Any]) -> NoReturn:
+    """Do the work of one call as one rank, send what comes of it, and end."""
+    code = 1
+    try:
+        faulthandler.dump_traceback_later(call.timeout_s, exit=True)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://{_ADDRESS}:{call.port}",
+            rank=rank,
+            world_size=call.world_size,
+            timeout=datetime.timedelta(seconds=call.timeout_s),
+        )
+        result = function_named(call.module, call.file, call.qualname)(*pickle.loads(call.arguments))
+        dist.barrier()  # rank 0 holds the store: nobody leaves while another still needs it
+        connection.send_bytes(pickle.dumps(result))
+        code = 0
+    except BaseException:  # whatever ends the work is reported
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -144,7 +144,8 @@ def serve(fd: int, parent_pid: int) -> None:
     """The warm parent's whole life: import, then fork one launcher a job until the tests have gone."""
     die_with_parent(parent_pid)
     connection: Connection[Any, Any] = Connection(fd)
-    importlib.import_module("pytest")  # test modules import it; each rank would pay for it
+    for name in ("pytest", "torch._dynamo"):  # test modules and torch's optimizers import them; each rank would pay
+        importlib.import_module(name)
     from megatron_slm.parallel import device
 
     device.preload()

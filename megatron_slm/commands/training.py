@@ -169,7 +169,10 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Names
 
     def preload_run() -> None:
         preload("cpu")
-        import megatron_slm.run  # noqa: F401  (once here instead of once in every rank)
+        # Once here instead of once in every rank; torch's first optimizer asks for torch._dynamo.
+        import torch._dynamo  # noqa: F401
+
+        import megatron_slm.run  # noqa: F401
 
     def entry(environment: RankEnvironment) -> int:
         return _train_rank(resolved, environment, own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -71,7 +70,6 @@ def compare(
     """
     prompts = fixed_prompts(vocab_size, config.model.position_limit)
     theirs = _of_transformers(directory, prompts)
-    gc.collect()
     exact = replace(config, precision=PrecisionConfig())
     with model_on_one_rank(checkpoint, exact, vocab_size=vocab_size, device="cpu", ema=ema) as model, torch.no_grad():
         for parameter in model.parameters() if rounded is not None else ():

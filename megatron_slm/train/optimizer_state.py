@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_slm.parallel.gradients import unwrap
 
 LAYER_PREFIX = "decoder.layers."
+EXPERT_MARKER = ".experts.local_experts."
 
 
 class Master(NamedTuple):
@@ -59,7 +60,11 @@ def named_parameters(chunks: list[Any]) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def global_name(chunk: Any, name: str) -> str:
-    """The name of a parameter or module of an unwrapped chunk with its layer counted over the whole model."""
+    """The name of a parameter or module of an unwrapped chunk, its layer and expert counted over the whole model."""
+    layer, marker, rest = name.partition(EXPERT_MARKER)
+    if marker:
+        index, dot, rest = rest.partition(".")
+        name = f"{layer}{marker}{chunk.get_submodule(layer).local_expert_indices[int(index)]}{dot}{rest}"
     if not name.startswith(LAYER_PREFIX):
         return name
     index, dot, rest = name.removeprefix(LAYER_PREFIX).partition(".")

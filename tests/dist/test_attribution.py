@@ -99,6 +99,22 @@ LAYOUTS: dict[str, tuple[Task, int, list[tuple[Fault, str, str]]]] = {
             ),
         ],
     ),
+    "experts": (
+        replace(
+            TASK.on(expert_model_parallel_size=2),
+            model=replace(TASK.model, num_moe_experts=4, moe_ffn_hidden_size=16),
+        ),
+        2,
+        [
+            (Fault("parameter", LAYER + "1.mlp.router"), "parameter", "weight"),
+            (Fault("parameter", LAYER + "2.mlp.experts.local_experts.3.linear_fc2", rank=1), "parameter", "weight"),
+            (
+                Fault("optimizer state", LAYER + "3.mlp.experts.local_experts.2.linear_fc1", rank=1, tensor="exp_avg"),
+                "optimizer state",
+                "exp_avg of the weight",
+            ),
+        ],
+    ),
     "recomputed layers": (
         replace(TASK, train=RECOMPUTED),
         1,
@@ -231,9 +247,9 @@ class Trained:
         """Weights and optimizer states."""
         from megatron_slm.train.optimizer_state import inner_optimizers
 
-        (inner,) = inner_optimizers(self.state.optimizer)
         weights = [param.data for chunk in self.state.chunks for param in chunk.parameters()]
-        return weights + [value for values in inner.optimizer.state.values() for value in values.values()]
+        states = [inner.optimizer.state for inner in inner_optimizers(self.state.optimizer)]
+        return weights + [value for state in states for values in state.values() for value in values.values()]
 
 
 class Position:

@@ -108,6 +108,20 @@ def test_a_bad_model_is_refused_in_one_sentence(name: str, refusals: dict[str, t
     assert said.startswith("mslm: ") and said.count("\n") == 1, said
 
 
+def test_a_full_disk_leaves_nothing(llama: Path, tmp_path: Path) -> None:
+    checkpoint = llama.parent / "whole"
+    commands = [
+        ["convert", "hf-import", str(llama), "--output", str(checkpoint), "--no-logits"],
+        ["convert", "hf-import", str(llama), "--output", str(tmp_path / "x"), "--no-logits"],
+        ["convert", "hf-export", str(checkpoint), "--output", str(tmp_path / "x"), "--no-logits"],
+    ]
+    (whole, _), *refused = mslm(commands, {1: "full disk", 2: "full disk"})
+    assert whole == 0
+    for code, said in refused:
+        assert code == 2 and "could not be written (File too large); nothing is left of it" in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bad_wish_is_refused_in_one_sentence(llama: Path, tmp_path: Path) -> None:
     """Of an export, and of any output that is there."""
     checkpoint, out = llama.parent / "checkpoint", tmp_path / "x"
