@@ -48,9 +48,7 @@ def test_the_layers_are_those_with_experts() -> None:
     assert expert_layers(replace(model, mtp_num_layers=2))[2:] == ["mtp_1", "mtp_2"]
 
 
-def test_the_line_the_record_and_tensorboard_show_it_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_line_the_record_and_tensorboard_show_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = writer(tmp_path)
