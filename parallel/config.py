@@ -37,7 +37,9 @@ class ParallelConfig:
         "alltoall", "how tokens reach their experts' ranks", choices=("alltoall", "allgather")
     )
     moe_grouped_gemm: bool = option(False, "all experts of a rank in one kernel; needs Transformer Engine")
-    sequence_parallel: bool = option(False, "divide norms and dropouts over tp along the sequence")
+    sequence_parallel: bool = option(
+        False, "divide norms and dropouts over tp along the sequence; default true with experts and tp above 1"
+    )
     account_for_embedding_in_pipeline_split: bool = option(
         False, "count the embedding as one layer of the pipeline split"
     )

@@ -15,6 +15,8 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.config.values import Given, parse, show
 from megatron_slm.errors import ConfigError
 
+SEQUENCE_PARALLEL = "parallel.sequence_parallel"
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -80,6 +82,8 @@ def examine(path: Path | None, overrides: Sequence[str] = ()) -> tuple[Resolved,
     if values["name"] is None:
         values["name"] = (path.stem if path is not None else None) or values["preset"] or values["stage"]
         provenance["name"] = "default"
+    if provenance[SEQUENCE_PARALLEL] == "default" and _experts_over_tp(values):
+        values[SEQUENCE_PARALLEL], provenance[SEQUENCE_PARALLEL] = True, "default with experts over tp"
     return Resolved(_build(values), provenance), problems
 
 
@@ -87,6 +91,11 @@ def value_of(config: RunConfig, key: str) -> Any:
     """The value of a dotted key, ``model.num_layers``."""
     section, dot, field = key.partition(".")
     return getattr(getattr(config, section), field) if dot else getattr(config, section)
+
+
+def _experts_over_tp(values: Mapping[str, Any]) -> bool:
+    """Whether core would train the model with sequence parallelism alone (``rules_experts``)."""
+    return values["model.num_moe_experts"] is not None and values["parallel.tensor_model_parallel_size"] > 1
 
 
 def _merge(given: Sequence[Given], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:

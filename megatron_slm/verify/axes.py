@@ -83,6 +83,7 @@ def only(config: RunConfig, chosen: Features) -> RunConfig | None:
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=2 if "vpp" in chosen else None,
         context_parallel_size=cp,
+        cp_comm_type=parallel.cp_comm_type if cp > 1 else "p2p",
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=None if tp == 1 else parallel.expert_tensor_parallel_size,
         sequence_parallel="sp" in chosen,
@@ -91,6 +92,8 @@ def only(config: RunConfig, chosen: Features) -> RunConfig | None:
         use_distributed_optimizer=SHARDED in chosen,
         overlap_grad_reduce=REDUCE in chosen,
         overlap_param_gather=GATHER in chosen,
+        ddp_bucket_size=parallel.ddp_bucket_size if REDUCE in chosen else None,
+        reduce_scatter_with_fp32_accumulation=parallel.reduce_scatter_with_fp32_accumulation and SHARDED in chosen,
     )
     train = config.train
     if RECOMPUTE not in chosen:

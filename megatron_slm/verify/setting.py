@@ -70,7 +70,7 @@ def one_rank(config: RunConfig, *, distributed_optimizer: bool = False) -> RunCo
 
 def world_size(config: RunConfig) -> int:
     """Ranks of the job."""
-    return config.parallel.world_size or config.parallel.model_parallel_size
+    return config.parallel.world_size or config.parallel.smallest_world_size
 
 
 def own_precision(config: RunConfig) -> str:

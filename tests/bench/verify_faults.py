@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: several ranks share the cores
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from megatron_slm.config.run_config import RunConfig
-from megatron_slm.verify.report import Report
-from megatron_slm.verify.verify import verify
-from tests.axes import RANKS
-from tests.parallel_faults import FAULTS, Fault
+from megatron_slm.config.run_config import RunConfig  # noqa: E402
+from megatron_slm.verify.report import Report  # noqa: E402
+from megatron_slm.verify.verify import verify  # noqa: E402
+from tests.axes import RANKS  # noqa: E402
+from tests.parallel_faults import FAULTS, Fault  # noqa: E402
 
 QUICK = ("norms' gradients not summed", "ring skips a block", "dropped experts")
 

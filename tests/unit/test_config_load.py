@@ -190,3 +190,12 @@ def test_a_mapping_may_stand_for_a_list_of_assignments(tmp_path: Path) -> None:
     file.write_text("data: {sources: {kjv: {path: data/kjv}}}\n")
     with pytest.raises(ConfigError, match="every item is a single value"):
         load(file)
+
+
+def test_experts_over_tp_are_sequence_parallel_unless_told_otherwise() -> None:
+    """Core trains them in no other way; a value that somebody gave is never replaced, but refused by a rule."""
+    key, tp2 = "parallel.sequence_parallel", "parallel.tensor_model_parallel_size=2"
+    experts = load(None, ["model.num_moe_experts=4", tp2])
+    assert experts.config.parallel.sequence_parallel and "experts" in experts.provenance[key]
+    for other in (["model.num_moe_experts=4"], [tp2], ["model.num_moe_experts=4", tp2, f"{key}=false"]):
+        assert not load(None, other).config.parallel.sequence_parallel

@@ -58,7 +58,10 @@ REFUSED = [
     ([*MOE, *TP2, "--moe-ffn-hidden-size", "97"], ("moe_ffn_hidden_size = 97", "97 inner channels", "2 ranks")),
     ([*MOE, *EP2, "--world-size", "3", "--global-batch-size", "6"], ("world size 3", "1 x 2 x 1 = 2", "2 or 4")),
     ([*MOE, *TP2, "--moe-shared-expert-intermediate-size", "65"], ("size = 65", "64 or 66")),
-    ([*MOE, "--tensor-model-parallel-size", "2"], ("sequence_parallel = false", "same tokens")),
+    (
+        [*MOE, "--tensor-model-parallel-size", "2", "parallel.sequence_parallel=false"],
+        ("sequence_parallel = false", "same tokens"),
+    ),
     ([*MOE, "--moe-router-topk", "9"], ("moe_router_topk = 9", "more experts than")),
     ([*MOE, "--moe-router-topk", "1"], ("moe_router_pre_softmax=true", "learn nothing")),
     ([*SIGMOID, "--moe-router-pre-softmax"], ("score_function = sigmoid", "no softmax")),
