@@ -97,7 +97,7 @@ def test_a_block_is_its_parts(model_type: str) -> None:
 
 
 def test_rows_lie_by_key_value_head() -> None:
-    """Four query heads of two channels, two groups: heads 0 and 1, key 0, value 0; then heads 2 and 3, key 1, value 1."""
+    """Four query heads of two channels in two groups: heads 0 and 1, key 0, value 0; then those of group 1."""
     queries, keys, values = list(range(8)), list(range(8, 12)), list(range(12, 16))
     assert by_group(4, 2, 2).tolist() == [*queries[:4], *keys[:2], *values[:2], *queries[4:], *keys[2:], *values[2:]]
 
