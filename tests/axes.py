@@ -75,6 +75,7 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "embeddings": {"untied": {}, "tied": {"model.untie_embeddings_and_output_weights": False}},
     "optimizer": {"distributed": {}, "replicated": {"parallel.use_distributed_optimizer": False}},
+    "samples": {"1": {}, "2": {}},
     "accumulation": {"4": {}, "1": {}},
     "gather": {"at_once": {}, "overlapped": {"parallel.overlap_param_gather": True}},
     "documents": {"whole": {}, "packed": {"data.reset_attention_mask": True}},
@@ -107,8 +108,9 @@ def config_of(case: Case) -> RunConfig:
         values |= VALUES[axis][value]
     chosen = dict(case)
     values["parallel.world_size"] = world_size(case)
-    values["train.micro_batch_size"] = 1
-    values["train.global_batch_size"] = int(chosen["accumulation"]) * int(chosen["dp"])
+    samples = int(chosen["samples"])
+    values["train.micro_batch_size"] = samples
+    values["train.global_batch_size"] = samples * int(chosen["accumulation"]) * int(chosen["dp"])
     return with_values(values)
 
 

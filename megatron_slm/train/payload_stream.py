@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 
 from megatron_slm.errors import CheckpointError
-from megatron_slm.train.payload import COMMON_FILE, read_chunk, to_metadata
+from megatron_slm.train.payload import COMMON_FILE, to_metadata
+from megatron_slm.train.payload_blocks import Block, TensorReader
 from megatron_slm.train.payload_index import METADATA_FILE, Chunk, PayloadIndex, Span, StoredTensor
 
 FILE_BYTES = 4 << 30
@@ -86,11 +87,11 @@ class PayloadWriter:
 
 
 class BlockReader:
-    """Reads blocks of a payload's tensors; keeps the stored chunk that was read last, which often holds the next."""
+    """Reads blocks of a payload's tensors."""
 
     def __init__(self, path: Path, index: PayloadIndex) -> None:
         self._path, self._index = path, index
-        self._last: tuple[Chunk, Tensor] | None = None
+        self._readers: dict[str, TensorReader] = {}
 
     def block(self, name: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """The block of tensor ``name`` that begins at ``offsets``, of the shape ``sizes``, on the CPU.
@@ -101,37 +102,9 @@ class BlockReader:
         if name not in self._index.tensors:
             raise CheckpointError(f"{self._path} has no tensor {name!r}; mslm checkpoint inspect lists them")
         stored = self._index.tensors[name]
-        if len(stored.chunks) == 1 and stored.chunks[0][:2] == (tuple(offsets), tuple(sizes)):
-            return read_chunk(self._path, name, stored.chunks[0])
+        if name not in self._readers:
+            self._readers[name] = TensorReader(self._path, name, stored)
         found = torch.empty(tuple(sizes), dtype=getattr(torch, stored.dtype))
-        filled = 0
-        for chunk in stored.chunks:
-            wanted, there = _overlap(offsets, sizes, chunk)
-            if wanted is not None:
-                target = found[wanted]
-                target.copy_(self._chunk(name, chunk)[there])
-                filled += target.numel()
-        if filled != found.numel():
-            raise CheckpointError(f"{self._path} holds {name} only in part; choose another checkpoint")
+        into = found.view(-1).view(torch.uint8).numpy().data
+        self._readers[name].read(Block(tuple(offsets), tuple(sizes)), into)
         return found
-
-    def _chunk(self, name: str, chunk: Chunk) -> Tensor:
-        if self._last is None or self._last[0] != chunk:
-            self._last = None  # two at a time would be twice the memory
-            data = read_chunk(self._path, name, chunk)
-            self._last = (chunk, data)
-        return self._last[1]
-
-
-def _overlap(
-    offsets: Sequence[int], sizes: Sequence[int], chunk: Chunk
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | tuple[None, tuple[()]]:
-    """Where a block and a chunk meet: in the block, and in the chunk."""
-    in_block, in_chunk = [], []
-    for start, size, chunk_start, chunk_size in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True):
-        first, last = max(start, chunk_start), min(start + size, chunk_start + chunk_size)
-        if first >= last:
-            return None, ()
-        in_block.append(slice(first - start, last - start))
-        in_chunk.append(slice(first - chunk_start, last - chunk_start))
-    return tuple(in_block), tuple(in_chunk)

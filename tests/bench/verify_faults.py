@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         and (not given.names or any(name in fault.name for name in given.names))
     ]
     started = time.monotonic()
-    print(f"{'bug':<38} {'axis':<10} {'caught':<6} {'named':<6} {'place':<46} {'blamed':<22} {'s':>5}")
+    print(f"{'bug':<38} {'axis':<10} {'caught':<6} {'named':<6} {'place':<62} {'blamed':<24} {'s':>5}")
     results = [measured(fault) for fault in chosen]
     alarms = false_alarms(chosen)
     record = {
@@ -76,7 +76,7 @@ def measured(fault: Fault) -> Found:
     found = judged(fault, verify(fault.config, ranks=RANKS, plant=fault.plant))
     answers = "yes" if found.caught else "NO", "yes" if found.named else "NO"
     print(
-        f"{fault.name:<38} {fault.axis:<10} {answers[0]:<6} {answers[1]:<6} {found.place:<46} {found.blamed:<22} "
+        f"{fault.name:<38} {fault.axis:<10} {answers[0]:<6} {answers[1]:<6} {found.place:<62} {found.blamed:<24} "
         f"{time.monotonic() - started:>5.0f}",
         flush=True,
     )
