@@ -13,7 +13,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from megatron_slm.data.prepare import prepare
 from megatron_slm.data.tokenizer import FACTS_NAME, Tokenizer, find_tokenizer, train_tokenizer
+from megatron_slm.data.verify import verify
 from megatron_slm.errors import DataError
 from megatron_slm.run_generate import text_after
 
@@ -186,3 +188,9 @@ def test_what_lies_beside_a_published_file_travels_with_it(path: Path, tmp_path:
     assert [file.name for file in kept.companions()] == ["chat_template.jinja", "tokenizer.model"]
     # The sentencepiece file has come along, and is not taken for the tokenizer.
     assert Tokenizer.open(second).hash == Tokenizer.open(path).hash
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    prepare([text], tmp_path / "corpus", tokenizer_model=published / "tokenizer.json")
+    prepared = Tokenizer.open(tmp_path / "corpus" / "tokenizer")
+    assert [file.name for file in prepared.companions()] == ["chat_template.jinja", "tokenizer.model"]
+    assert verify(tmp_path / "corpus").problems == []

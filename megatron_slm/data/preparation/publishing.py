@@ -35,9 +35,7 @@ def assemble(
     described = [_described(source, counts, request) for source, counts in zip(sources, screening.sources, strict=True)]
     directory = staging.begin_corpus()
     with writing(directory):
-        (directory / TOKENIZER).mkdir()
-        for file in (staging.directory / TOKENIZER).iterdir():
-            shutil.copyfile(file, directory / TOKENIZER / file.name)
+        shutil.copytree(staging.directory / TOKENIZER, directory / TOKENIZER, copy_function=shutil.copyfile)
         indices = _write_splits(staging, directory, request, screening, tokenizer, described)
         manifest = {
             "request": request.to_dict(),
@@ -60,7 +58,7 @@ def assemble(
             "files": {
                 str(path.relative_to(directory)): file_sha256(path)
                 for path in (
-                    *sorted((directory / TOKENIZER).iterdir()),
+                    *sorted(path for path in (directory / TOKENIZER).rglob("*") if path.is_file()),
                     *(directory / name / INDEX_NAME for name in indices),
                 )
             },
