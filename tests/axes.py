@@ -56,6 +56,7 @@ SHARED = {
     "model.moe_router_enable_expert_bias": True,
     "model.moe_router_load_balancing_type": "seq_aux_loss",
 }
+SELECTIVE = {"train.recompute_granularity": "selective"}
 FULL = {"train.recompute_granularity": "full", "train.recompute_num_layers": 1}
 
 VALUES: dict[str, dict[str, dict[str, Any]]] = {
@@ -69,7 +70,8 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
     "sp": {"off": {}, "on": {"parallel.sequence_parallel": True}},
     "recompute": {
         "none": {},
-        "selective": {"train.recompute_granularity": "selective"},
+        "attention": SELECTIVE | {"train.recompute_modules": ("core_attn",)},
+        "mlp": SELECTIVE | {"train.recompute_modules": ("mlp",)},
         "uniform": FULL | {"train.recompute_method": "uniform"},
         "block": FULL | {"train.recompute_method": "block"},
     },

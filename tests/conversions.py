@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def make(directory: Path, name: str, config: dict[str, Any], dtype: torch.dtype = torch.float32, **saved: Any) -> Path:
     """A random model, saved by transformers; weights large enough for logits of order 1."""
     transformers: Any = importlib.import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(7)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     model = getattr(transformers, f"{name}{head}")(getattr(transformers, f"{name}Config")(**config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, path_of, resolve, violations_of
 from megatron_slm.errors import ConfigError
@@ -32,17 +33,29 @@ def verify(name: str, tokens: Sequence[str]) -> int:
     resolved = resolve(rest)
     if found := violations_of(resolved, None, files=False):
         raise ConfigError("\n".join(found))
+    if own.json is not None:
+        _require_writable(own.json)
     from megatron_slm.verify import verify as room
 
     report = room.verify(resolved.config, ranks=own.ranks, say=lambda line: print(f"mslm: {line}", file=sys.stderr))
     print(report.render(verbose=own.verbose))
     if own.json is not None:
-        try:
-            own.json.write_text(report.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            print(f"mslm: {own.json} cannot be written ({error.strerror}); the report is above", file=sys.stderr)
-            return EXIT_DIFFERS
+        own.json.write_text(report.to_json() + "\n", encoding="utf-8")
     return EXIT_OK if report.equal else EXIT_DIFFERS
+
+
+def _require_writable(file: Path) -> None:
+    """Refuse a place for the report before minutes are spent on it.
+
+    Raises:
+        ConfigError: it cannot be written to.
+    """
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--json {file} cannot be written ({error.strerror}). Name a file in a directory of yours."
+        ) from error
 
 
 VERBS: Mapping[str, Verb] = {"verify": Verb("compare a job on n ranks with one rank", verify)}

@@ -108,9 +108,9 @@ def _candidates(original: Degrees, ranks: int) -> list[Degrees]:
 def _job(original: Degrees, axes: Sequence[str]) -> Degrees:
     """The smallest job with at least ``axes``; interleaving and expert options come with the axes they belong to."""
     tp, pp, cp, ep = (HELD if axis in axes else 1 for axis in ("tp", "pp", "cp", "ep"))
-    etp = _expert_tp(original, tp) if ep > 1 else None
+    etp = _expert_tp(original, tp) if ep > 1 or original.ep == 1 else None
     experts = ep * (etp or tp) * (HELD if "edp" in axes and ep > 1 else 1)
-    dp = max(HELD if "dp" in axes else 1, math.lcm(experts, tp * cp) // (tp * cp) if ep > 1 else 1)
+    dp = max(HELD if "dp" in axes else 1, math.lcm(experts, tp * cp) // (tp * cp) if ep > 1 or etp else 1)
     return Degrees(tp=tp, pp=pp, vpp=HELD if pp > 1 and original.vpp > 1 else 1, cp=cp, dp=dp, ep=ep, etp=etp)
 
 
@@ -118,7 +118,8 @@ def _expert_tp(original: Degrees, tp: int) -> int | None:
     """Ranks that share an expert's matrices in a job of ``tp``."""
     if original.etp is None or original.etp == original.tp:
         return None
-    return 1 if original.etp == 1 else HELD
+    wanted = 1 if original.etp == 1 else HELD
+    return None if wanted == tp else wanted
 
 
 def _pairs(job: Degrees) -> set[frozenset[str]]:

@@ -303,3 +303,15 @@ def test_check_shows_every_change_and_trains_nothing(tmp_path: Path, capsys: pyt
 def test_refusals(tokens: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--preset", "tiny", *tokens]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_experts_cut_otherwise_than_the_rest_stay_so_without_expert_parallelism() -> None:
+    original = moe()
+    parallel = dataclasses.replace(
+        original.parallel, tensor_model_parallel_size=8, expert_tensor_parallel_size=1, sequence_parallel=True
+    )
+    runs = downscale(dataclasses.replace(original, parallel=parallel)).runs
+    assert {(run.parallel.tensor_model_parallel_size, run.parallel.expert_tensor_parallel_size) for run in runs} == {
+        (2, 1)
+    }
+    assert not any(violations(run, run.parallel.world_size) for run in runs)
