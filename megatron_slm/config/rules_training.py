@@ -78,6 +78,17 @@ def recompute_modules(facts: Facts) -> Iterator[str]:
             )
 
 
+def recompute_biases(facts: Facts) -> Iterator[str]:
+    """A recomputed MLP has no biases: core 0.16.1 lets its bias out of the recomputed part, and backward never ends."""
+    train, modules, biases = facts.config.train, "train.recompute_modules", "model.add_bias_linear"
+    if train.recompute_granularity == "selective" and "mlp" in train.recompute_modules and facts.value(biases):
+        yield (
+            f"{facts.cite(modules, biases)}: core 0.16.1 returns the bias itself from the recomputed MLP, whose backward "
+            f"pass then calls itself without end. Leave mlp out of the former, set {biases}=false, or set "
+            "train.recompute_granularity=full."
+        )
+
+
 def recompute_bounds(facts: Facts) -> Iterator[str]:
     """The recomputed units fit every chunk of layers: core would run past the end, or quietly take fewer."""
     train, parallel = facts.config.train, facts.config.parallel
@@ -181,6 +192,7 @@ RULES = (
     precision,
     recompute_options,
     recompute_modules,
+    recompute_biases,
     recompute_bounds,
     validation,
     roll_back,

@@ -161,6 +161,10 @@ REFUSED = [
     (["--recompute-num-layers", "1"], ("recompute_num_layers = 1", "ignored")),
     (["--recompute-modules", "mlp"], ("recompute_modules = [mlp]", "selective")),
     ([*SELECTIVE, "train.recompute_modules="], ("at least one module",)),
+    (
+        [*SELECTIVE, "train.recompute_modules=mlp", "model.add_bias_linear=true"],
+        ("add_bias_linear = true", "without end", "granularity=full"),
+    ),
     ([*SELECTIVE, "--recompute-modules", "layernorm"], ("layernorm cannot", "Transformer Engine")),
     ([*SELECTIVE, "--recompute-modules", "moe_act"], ("moe_act cannot", "grouped experts")),
     ([*SELECTIVE, "--recompute-modules", "attention"], ("attention cannot", "core_attn and mlp")),
