@@ -72,6 +72,9 @@ VALUES: dict[str, dict[str, dict[str, Any]]] = {
         "none": {},
         "attention": SELECTIVE | {"train.recompute_modules": ("core_attn",)},
         "mlp": SELECTIVE | {"train.recompute_modules": ("mlp",)},
+        "experts": SELECTIVE | {"train.recompute_modules": ("moe",)},
+        "shared": SELECTIVE | {"train.recompute_modules": ("shared_experts",)},
+        "latents": SELECTIVE | {"train.recompute_modules": ("mla_up_proj",)},
         "uniform": FULL | {"train.recompute_method": "uniform"},
         "block": FULL | {"train.recompute_method": "block"},
     },
@@ -159,7 +162,7 @@ def reasons(case: Case) -> list[str]:
     return idle + rules.violations(config_of(case), world_size(case))
 
 
-SPACE = Space(AXES, enabling=("tp", "pp", "cp", "dp", "etp", "sp", "mlp"), fits=fits, reasons=reasons)
+SPACE = Space(AXES, enabling=("tp", "pp", "cp", "dp", "etp", "sp", "mlp", "attention"), fits=fits, reasons=reasons)
 """What the matrix is drawn from."""
 
 EXCLUDED: dict[str, tuple[str, ...]] = {
@@ -192,7 +195,11 @@ EXCLUDED: dict[str, tuple[str, ...]] = {
         "cp 1 with exchange all_gather",
         *("ep 2 with mlp dense", "ep 4 with mlp dense", "etp 1 with mlp dense", "dispatcher allgather with mlp dense"),
         "gather overlapped with optimizer replicated",
+        *("mlp dense with recompute experts", "mlp dense with recompute shared"),
+        *("mlp experts with recompute shared", "mlp capacity with recompute shared"),
+        "attention grouped with recompute latents",
     ),
+    "core 0.16.1 never ends the backward pass of a recomputed MLP with biases": ("biases all with recompute mlp",),
     "core 0.16.1 adds up the gradients of an expert's output bias over tp ranks": (
         *("biases all with mlp experts", "biases all with mlp capacity", "biases all with mlp shared"),
         *(
@@ -200,12 +207,16 @@ EXCLUDED: dict[str, tuple[str, ...]] = {
             "biases all with ep 4",
             "biases all with etp 1",
             "biases all with dispatcher allgather",
+            "biases all with recompute experts",
+            "biases all with recompute shared",
         ),
     ),
     "core 0.16.1 recomputes no layer of multi-token prediction by blocks": ("mtp 1 with recompute block",),
     "latent attention rotates, and its projections have no biases": (
         "attention latent with positions learned",
         "attention latent with biases qkv",
+        "positions learned with recompute latents",
+        "biases qkv with recompute latents",
     ),
     "later tokens would be embedded at the positions of earlier ones": ("mtp 1 with positions learned",),
 }

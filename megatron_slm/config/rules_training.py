@@ -83,8 +83,8 @@ def recompute_biases(facts: Facts) -> Iterator[str]:
     train, modules, biases = facts.config.train, "train.recompute_modules", "model.add_bias_linear"
     if train.recompute_granularity == "selective" and "mlp" in train.recompute_modules and facts.value(biases):
         yield (
-            f"{facts.cite(modules, biases)}: core 0.16.1 returns the bias itself from the recomputed MLP, whose backward "
-            f"pass then calls itself without end. Leave mlp out of the former, set {biases}=false, or set "
+            f"{facts.cite(modules, biases)}: core 0.16.1 returns the bias itself from the recomputed MLP, whose "
+            f"backward pass then calls itself without end. Leave mlp out of the former, set {biases}=false, or set "
             "train.recompute_granularity=full."
         )
 

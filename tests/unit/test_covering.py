@@ -59,7 +59,7 @@ def test_the_matrix_covers_every_pair_that_the_rules_accept(drawn: Covering) -> 
     assert covered | set(drawn.excluded) == set(all_pairs(SPACE.axes))
     assert not covered & set(drawn.excluded)
     assert all(SPACE.possible(case) for case in drawn.cases)
-    assert len(drawn.cases) <= 45, "the matrix is to run within minutes"
+    assert len(drawn.cases) <= 70, "the matrix is to run within minutes"
 
 
 def test_what_the_matrix_leaves_out_is_known(drawn: Covering) -> None:
