@@ -106,12 +106,27 @@ def _candidates(original: Degrees, ranks: int) -> list[Degrees]:
 
 
 def _job(original: Degrees, axes: Sequence[str]) -> Degrees:
-    """The smallest job with at least ``axes``; interleaving and expert options come with the axes they belong to."""
+    """The smallest job with at least ``axes``; interleaving and expert options come with the axes they belong to.
+
+    Experts that need more ranks than tp and cp have take replicas; where the original has none, more ranks of cp, or
+    their matrices stay whole.
+    """
     tp, pp, cp, ep = (HELD if axis in axes else 1 for axis in ("tp", "pp", "cp", "ep"))
+    vpp = HELD if pp > 1 and original.vpp > 1 else 1
     etp = _expert_tp(original, tp) if ep > 1 or original.ep == 1 else None
-    experts = ep * (etp or tp) * (HELD if "edp" in axes and ep > 1 else 1)
-    dp = max(HELD if "dp" in axes else 1, math.lcm(experts, tp * cp) // (tp * cp) if ep > 1 or etp else 1)
-    return Degrees(tp=tp, pp=pp, vpp=HELD if pp > 1 and original.vpp > 1 else 1, cp=cp, dp=dp, ep=ep, etp=etp)
+    edp = HELD if "edp" in axes and ep > 1 else 1
+    needed = _replicas(tp * cp, ep * (etp or tp) * edp) if ep > 1 or etp else 1
+    if needed > 1 and original.dp == 1 and original.cp % (cp * needed) == 0:
+        cp, needed = cp * needed, 1
+    elif needed > 1 and original.dp == 1 and original.etp not in (None, original.tp):
+        etp = None if tp == 1 else 1
+        needed = _replicas(tp * cp, ep * edp)
+    return Degrees(tp=tp, pp=pp, vpp=vpp, cp=cp, dp=max(HELD if "dp" in axes else 1, needed), ep=ep, etp=etp)
+
+
+def _replicas(ranks: int, experts: int) -> int:
+    """Replicas of so many ranks that hold whole sets of expert ranks."""
+    return math.lcm(experts, ranks) // ranks
 
 
 def _expert_tp(original: Degrees, tp: int) -> int | None:

@@ -40,6 +40,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
         "seq_length": "short samples that divide over cp and tp",
         "max_position_embeddings": "its ratio to seq_length",
         "vocab_size": "a small vocabulary, padded where the original is",
+        "make_vocab_size_divisible_by": "rows that divide over two tensor-parallel ranks",
         "num_moe_experts": "a few on every expert rank, more than are chosen",
         "moe_layer_freq": "dense layers between the experts, every other one",
         "moe_first_dense_layers": "one dense layer first",
@@ -75,6 +76,7 @@ def shrunken(config: RunConfig, original: Degrees, tokenizer_size: int | None) -
         "num_layers": layers(config, original),
         "ffn_hidden_size": _share(model.ffn_hidden_size, model, width),
         "vocab_size": _vocabulary(model, tokenizer_size),
+        "make_vocab_size_divisible_by": math.lcm(model.make_vocab_size_divisible_by, HELD if original.tp > 1 else 1),
         "mtp_num_layers": model.mtp_num_layers and min(model.mtp_num_layers, _MTP_LAYERS),
         "mup_base_hidden_size": model.mup_base_hidden_size and max(1, round(width / model.width_multiplier)),
         **_experts(model, width),
@@ -135,9 +137,10 @@ def _attention(model: ModelConfig, original: Degrees) -> dict[str, int | None]:
         small: dict[str, int | None] = {name: min(value, getattr(model, name)) for name, value in latent.items()}
         groups = model.num_query_groups and 4
         return small | {"hidden_size": _WIDTH, "num_attention_heads": 4, "num_query_groups": groups}
-    if model.hidden_size <= _WIDEST and (original.tp == 1 or original.tp % HELD == 0):
-        return {}
     heads, groups = model.num_attention_heads, model.query_groups
+    divides = heads % HELD == 0 and (groups == 1 or groups % HELD == 0)
+    if model.hidden_size <= _WIDEST and (original.tp == 1 or divides):
+        return {}
     ratio = min(heads // groups, _LARGEST_RATIO)
     few = 1 if groups == 1 or groups < original.tp else 4 if ratio == 1 and groups >= 4 else 2
     many = few * ratio
@@ -189,7 +192,7 @@ def _vocabulary(model: ModelConfig, tokenizer_size: int | None) -> int | None:
     if model.vocab_size is None:
         return None
     unit = math.lcm(HELD, model.make_vocab_size_divisible_by)
-    rows = -(-max(VOCABULARY, tokenizer_size or 0) // unit) * unit
+    rows = _multiple(max(VOCABULARY, tokenizer_size or 0), unit)
     padded = model.vocab_size % model.make_vocab_size_divisible_by != 0
     wanted = rows - 1 if padded and rows > (tokenizer_size or 0) else rows
     return min(model.vocab_size, wanted)
@@ -213,11 +216,12 @@ def _experts(model: ModelConfig, width: int) -> dict[str, int | None]:
     taken = max(1, (chosen or 1) * small // (groups or 1))
     topk = max(1, topk // taken) * taken
     few = max(_EXPERTS, 2 * topk * small // taken)
+    few = _multiple(few, math.lcm(small, HELD))
     choice: dict[str, int | None] = {"num_moe_experts": few, "moe_router_topk": topk}
     choice |= {"moe_router_num_groups": groups and small, "moe_router_group_topk": chosen and taken}
     return {
         **_pattern(model),
-        **(choice if few < experts else {}),
+        **(choice if few < experts or experts % HELD else {}),
         "moe_ffn_hidden_size": _share(model.moe_ffn_hidden_size, model, width),
         "moe_shared_expert_intermediate_size": _share(model.moe_shared_expert_intermediate_size, model, width),
     }
@@ -228,6 +232,11 @@ def _share(size: int | None, model: ModelConfig, width: int) -> int | None:
     if size is None or (width == model.hidden_size and size % HELD == 0):
         return size
     return _rounded(size * width / model.hidden_size)
+
+
+def _multiple(number: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is at least ``number``."""
+    return -(-number // unit) * unit
 
 
 def _rounded(width: float) -> int:

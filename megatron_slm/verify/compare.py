@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_slm.verify import updates
 from megatron_slm.verify.job import MOMENTS, Outcome, StepNumbers, Tensors
 from megatron_slm.verify.report import Claim
 from megatron_slm.verify.shards import Shard, assembled
@@ -33,8 +34,7 @@ def claims(reference: Reference, found: list[Outcome], precision: str) -> list[C
         *_step_claims(reference, found, unit, 0),
         _tensors(GRADIENTS, reference, found, unit, lambda one: one.gradients),
         _grad_norm(reference, found, unit),
-        _update("weights after step 1", reference, found, unit, lambda state: state.weights),
-        _update("optimizer's weights after step 1", reference, found, unit, lambda state: state.masters),
+        *_updates(reference, found, unit),
         *(
             _tensors(
                 f"optimizer's {name} after step 1",
@@ -87,21 +87,40 @@ def differences(
         there = worst[shard.name][shard.place]
         away = (shard.values.double() - expected[shard.name][shard.place].double()).abs()
         worst[shard.name][shard.place] = torch.maximum(there, away.nan_to_num(nan=-1.0, posinf=math.inf))
-    norms = {name: float(tensor.double().norm()) for name, tensor in (scale or expected).items()}
-    smallest = torch.finfo(torch.float64).eps * math.sqrt(sum(norm**2 for norm in norms.values()))
+    norms = _norms(scale or expected)
     for name, away in worst.items():
         if name not in errors:
             owned = bool((away >= 0.0).all())
-            errors[name] = float(away.norm()) / max(norms[name], smallest, 1e-300) if owned else math.inf
+            errors[name] = float(away.norm()) / norms[name] if owned else math.inf
     return errors
 
 
+def _norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """What errors are relative to; a tensor of zeros is measured by the rounding errors of all of them."""
+    norms = {name: float(tensor.double().norm()) for name, tensor in tensors.items()}
+    smallest = torch.finfo(torch.float64).eps * math.hypot(*norms.values())
+    return {name: max(norm, smallest, 1e-300) for name, norm in norms.items()}
+
+
 def judged(
-    name: str, unit: Unit, errors: Mapping[str, float], noise: Sequence[Mapping[str, float]], *, after_norm: bool
+    name: str,
+    unit: Unit,
+    errors: Mapping[str, float],
+    noise: Sequence[Mapping[str, float]],
+    *,
+    after_norm: bool,
+    least: Mapping[str, float] | None = None,
 ) -> Claim:
-    """A claim about many tensors; its row shows the one that is farthest beyond (or closest to) its tolerance."""
+    """A claim about many tensors; its row shows the one that is farthest beyond (or closest to) its tolerance.
+
+    Args:
+        least: smallest tolerance of each tensor.
+    """
     kinds = by_kind(noise)
-    bounds = {key: unit.tolerance(kinds.get(kind(key), 0.0), after_norm=after_norm) for key in errors}
+    bounds = {
+        key: max(unit.tolerance(kinds.get(kind(key), 0.0), after_norm=after_norm), (least or {}).get(key, 0.0))
+        for key in errors
+    }
     failing = tuple(key for key in errors if not errors[key] <= bounds[key])
     worst = max(errors, key=lambda key: errors[key] / bounds[key])
     return Claim(
@@ -170,8 +189,32 @@ def _tensors(
     return judged(name, unit, differences(map(pick, found), expected), noise, after_norm=after_norm)
 
 
+def _updates(reference: Reference, found: list[Outcome], unit: Unit) -> Iterator[Claim]:
+    """The model's weights and the optimizer's after the first step."""
+    weights, masters = (lambda state: state.weights), (lambda state: state.masters)
+    allowed: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] = {}, {}
+    if unit.precision != "fp64":  # its gradients' errors are far below Adam's epsilon
+        allowed = _leeway(reference, unit.precision)
+    yield _update("weights after step 1", reference, found, unit, weights, allowed[0])
+    yield _update("optimizer's weights after step 1", reference, found, unit, masters, allowed[1])
+
+
+def _leeway(reference: Reference, precision: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What rounding may change in each element of the model's weights and of the optimizer's."""
+    plain = reference.plain
+    before, after = assembled([plain.start.masters]), assembled([_after(plain).masters])
+    moment, *moments = (assembled([_after(one).moments[MOMENTS[0]]]) for one in (plain, *reference.perturbed))
+    allowed = updates.leeway(before, after, moment, moments, precision)
+    return updates.stored_leeway(after, allowed, precision), allowed
+
+
 def _update(
-    name: str, reference: Reference, found: list[Outcome], unit: Unit, pick: Callable[[Tensors], list[Shard]]
+    name: str,
+    reference: Reference,
+    found: list[Outcome],
+    unit: Unit,
+    pick: Callable[[Tensors], list[Shard]],
+    allowed: Mapping[str, Tensor],
 ) -> Claim:
     """Weights, in units of what the step has changed: beside the weights themselves an update is small."""
     before, after = (assembled([pick(state)]) for state in (reference.plain.start, _after(reference.plain)))
@@ -181,8 +224,10 @@ def _update(
         own, then = (assembled([pick(state)]) for state in (one.start, _after(one)))
         moved = [Shard(key, tuple(then[key].shape), (), then[key].double() - own[key].double()) for key in then]
         noise.append(differences([moved], change))
+    norms = _norms(change)
+    least = {key: float(tensor.norm()) / norms[key] for key, tensor in allowed.items()}
     errors = differences([pick(_after(one)) for one in found], after, change)
-    return judged(name, unit, errors, noise, after_norm=True)
+    return judged(name, unit, errors, noise, after_norm=True, least=least)
 
 
 def _noise_of_mean(reference: Reference, step: int, name: str) -> float:

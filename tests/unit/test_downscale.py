@@ -21,6 +21,7 @@ from megatron_slm.config.rules import violations
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.layout import split_layers
+from tests.random_configs import valid_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/config.yaml"))
@@ -315,3 +316,10 @@ def test_experts_cut_otherwise_than_the_rest_stay_so_without_expert_parallelism(
         (2, 1)
     }
     assert not any(violations(run, run.parallel.world_size) for run in runs)
+
+
+def test_odd_shapes_under_odd_layouts_become_runs_that_break_no_rule() -> None:
+    draw = random.Random(0)
+    for original in valid_configs(seed=0, count=300):
+        ranks = draw.choice((2, 4, 4, 8))
+        check(original, downscale(original, ranks=ranks), ranks)
