@@ -21,10 +21,8 @@ def hf_import(name: str, tokens: Sequence[str]) -> int:
         name,
         "MODEL --output DIR [--no-logits] [--eod-token TOKEN]",
         "Make a checkpoint of a Hugging Face model (Llama, SmolLM2, Mistral, Mixtral, Qwen2, Qwen3, GPT-2; "
-        "safetensors), "
-        "for mslm generate and for checkpoint.pretrained_checkpoint of a run under any layout. Every tensor is "
-        "compared "
-        "bit by bit, and the logits with those of transformers.",
+        "safetensors), for mslm generate and for checkpoint.pretrained_checkpoint of a run under any layout. Every "
+        "tensor is compared bit by bit, and the logits with those of transformers.",
         example="mslm convert hf-import SmolLM2-135M-Instruct --output smollm2",
     )
     parser.add_argument("model", type=path_of, metavar="MODEL", help="directory with config.json and safetensors")

@@ -42,8 +42,7 @@ def require_comparable(model: ModelConfig, vocab_size: int) -> None:
     if needed > there:
         raise ConfigError(
             f"The logits are compared in fp32, for which the model takes {needed / 1e9:.1f} GB of the "
-            f"{there / 1e9:.1f} "
-            f"GB that this machine has free; convert on a larger one, or {WITHOUT}."
+            f"{there / 1e9:.1f} GB that this machine has free; convert on a larger one, or {WITHOUT}."
         )
 
 
