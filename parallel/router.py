@@ -126,7 +126,8 @@ class Router(TopKRouter):
     def _within_capacity(self, probs: Tensor, chosen: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Which of the chosen experts [T, E] still have room, in the order of the whole micro-batch."""
         config, experts = self.config, shape[-1]
-        order = probs if config.moe_token_drop_policy == "probs" else chosen.to(probs.dtype)
+        # In fp32: equal tokens (a sample's first, and all that follow alike) differ in the last bits of float64.
+        order = (probs if config.moe_token_drop_policy == "probs" else chosen).float()
         whole = self._of_all_ranks(torch.where(chosen, order, -torch.ones_like(order)).view(shape))
         ranked = whole.view(-1, experts)
         capacity = moe_utils.get_capacity(len(ranked) * self.topk, experts, config.moe_expert_capacity_factor)
