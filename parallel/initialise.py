@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DRAWS_PER_COUNT = 4  # Philox-4x64 yields four 64-bit words per counter value
 
@@ -32,7 +33,7 @@ def initialise(chunks: list[Any], seed: int, standard_deviation: Callable[[str],
     """
     for shard in shards(chunks):
         deviation = standard_deviation(shard.key)
-        if deviation is not None:
+        if deviation is not None and not isinstance(shard.data, FakeTensor):  # which has no values to write
             with torch.no_grad():
                 shard.data.copy_(normal_shard(shard, seed).mul_(deviation).view_as(shard.data))
 

@@ -1,0 +1,103 @@
+"""A step of one rank, replayed: how much is alive at every turn of the schedule, and what at the worst moment."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_slm.memory.rank import RankTrace
+from megatron_slm.memory.schedule import BACKWARD, FORWARD, Turn, turns
+from megatron_slm.memory.trace import Block, Phase
+
+
+class Course(NamedTuple):
+    """What a phase does to the bytes alive: at its end, at its worst, and after which event that is."""
+
+    net: int
+    peak: int
+    position: int
+
+
+class Moment(NamedTuple):
+    """One turn: bytes alive when it begins, and the most while it lasts."""
+
+    turn: Turn
+    start_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All turns of a step.
+
+    Attributes:
+        static_bytes: what exists between steps.
+        worst: index of the turn in which the most is alive.
+    """
+
+    moments: list[Moment]
+    static_bytes: int
+    worst: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive at once."""
+        return self.moments[self.worst].peak_bytes
+
+
+def replay(trace: RankTrace, micro_batches: int | None = None) -> Timeline:
+    """Play the schedule of a step.
+
+    Args:
+        micro_batches: of the step; default the traced configuration's.
+    """
+    courses = {key: course(phase, trace.blocks) for key, phase in trace.phases.items()}
+    static = sum(part.size for part in trace.static)
+    alive = static + sum(trace.blocks[number].size for number in trace.persistent)
+    moments = []
+    for turn in turns(trace.pipeline_rank, trace.stages, trace.chunks, micro_batches or trace.micro_batches):
+        taken = courses[turn.name, turn.chunk]
+        moments.append(Moment(turn, alive, alive + taken.peak))
+        alive += taken.net
+    worst = max(range(len(moments)), key=lambda index: moments[index].peak_bytes)
+    return Timeline(moments, static, worst)
+
+
+def course(phase: Phase, blocks: list[Block]) -> Course:
+    """The bytes of a phase's events, added up."""
+    sizes = [blocks[event].size if event >= 0 else -blocks[~event].size for event in phase.events]
+    running = list(itertools.accumulate(sizes, initial=0))
+    position = max(range(len(running)), key=running.__getitem__)
+    return Course(running[-1], running[position], position)
+
+
+def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
+    """How many copies of every block that is not static are alive at the worst moment.
+
+    The blocks that a forward pass leaves exist once for every micro-batch whose backward pass has not been.
+    """
+    count = Counter(trace.persistent)
+    for moment in timeline.moments[: timeline.worst]:
+        _apply(count, trace.phases[moment.turn.name, moment.turn.chunk].events)
+    last = timeline.moments[timeline.worst].turn
+    phase = trace.phases[last.name, last.chunk]
+    _apply(count, phase.events[: course(phase, trace.blocks).position])
+    return +count
+
+
+def in_flight(timeline: Timeline) -> Counter[int]:
+    """Micro-batches of each chunk whose activations are held when the worst turn begins."""
+    count: Counter[int] = Counter()
+    for moment in timeline.moments[: timeline.worst]:
+        count[moment.turn.chunk] += {FORWARD: 1, BACKWARD: -1}.get(moment.turn.name, 0)
+    return +count
+
+
+def _apply(count: Counter[int], events: list[int]) -> None:
+    for event in events:
+        if event >= 0:
+            count[event] += 1
+        else:
+            count[~event] -= 1

@@ -1,0 +1,70 @@
+"""What a rank holds between steps, parameter by parameter: weights, gradients, master weights, moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from megatron_slm.memory.trace import Recorder
+from megatron_slm.train.optimizer_state import inner_optimizers, masters_of, named_parameters
+
+PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE = (
+    "parameters",
+    "gradients",
+    "master weights",
+    "moments",
+    "workspace",
+)
+PADDING = "padding"
+
+
+class StaticPart(NamedTuple):
+    """Bytes of one storage that belong to one module.
+
+    Attributes:
+        kind: PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE.
+        module: global name; "padding" is what a buffer has beyond its parameters.
+    """
+
+    block: int
+    kind: str
+    module: str
+    size: int
+
+
+def static_parts(chunks: list[Any], optimizer: Any, recorder: Recorder) -> list[StaticPart]:
+    """Every byte of every storage that is alive, once. Called when the rank is built."""
+    left = {number: recorder.blocks[number].size for number in recorder.alive()}
+    kinds: dict[int, str] = {}
+    parts = []
+    for kind, module, tensor in _named_tensors(chunks, optimizer):
+        number = recorder.number(tensor)
+        if number is None or (number in kinds and kinds[number] != kind):
+            continue  # a master weight that is the parameter itself
+        kinds[number] = kind
+        size = min(tensor.numel() * tensor.element_size(), left[number])
+        left[number] -= size
+        parts.append(StaticPart(number, kind, module, size))
+    for number, size in left.items():
+        if size:
+            kind = kinds.get(number, WORKSPACE)
+            module = PADDING if number in kinds else recorder.blocks[number].module
+            parts.append(StaticPart(number, kind, module, size))
+    return parts
+
+
+def _named_tensors(chunks: list[Any], optimizer: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, module, tensor) of everything that belongs to a parameter."""
+    names = {param: name.rpartition(".")[0] for name, param in named_parameters(chunks)}
+    for param, module in names.items():
+        yield PARAMETERS, module, param
+        if (gradient := getattr(param, "main_grad", None)) is not None:
+            yield GRADIENTS, module, gradient
+    for inner in inner_optimizers(optimizer):
+        for param, master, _ in masters_of(inner):
+            yield MASTERS, names[param], master
+            for moment in inner.optimizer.state.get(master, {}).values():
+                if isinstance(moment, Tensor) and moment.dim():
+                    yield MOMENTS, names[param], moment
