@@ -87,6 +87,16 @@ def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
     return +count
 
 
+def saved_blocks(trace: RankTrace) -> dict[int, int]:
+    """Block -> chunk, of everything that a forward pass leaves for its backward pass."""
+    found: dict[int, int] = {}
+    for (name, chunk), phase in trace.phases.items():
+        if name == FORWARD:
+            made = {event for event in phase.events if event >= 0}
+            found |= dict.fromkeys(made - {~event for event in phase.events if event < 0}, chunk)
+    return found
+
+
 def in_flight(timeline: Timeline) -> Counter[int]:
     """Micro-batches of each chunk whose activations are held when the worst turn begins."""
     count: Counter[int] = Counter()

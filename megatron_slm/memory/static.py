@@ -24,11 +24,14 @@ class StaticPart(NamedTuple):
     """Bytes of one storage that belong to one module.
 
     Attributes:
+        block: number of the storage.
+        chunk: of the rank.
         kind: PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE.
         module: global name; "padding" is what a buffer has beyond its parameters.
     """
 
     block: int
+    chunk: int
     kind: str
     module: str
     size: int
@@ -37,34 +40,38 @@ class StaticPart(NamedTuple):
 def static_parts(chunks: list[Any], optimizer: Any, recorder: Recorder) -> list[StaticPart]:
     """Every byte of every storage that is alive, once. Called when the rank is built."""
     left = {number: recorder.blocks[number].size for number in recorder.alive()}
-    kinds: dict[int, str] = {}
+    owners: dict[int, tuple[int, str]] = {}
     parts = []
-    for kind, module, tensor in _named_tensors(chunks, optimizer):
+    for chunk, kind, module, tensor in _named_tensors(chunks, optimizer):
         number = recorder.number(tensor)
-        if number is None or (number in kinds and kinds[number] != kind):
+        if number is None or owners.setdefault(number, (chunk, kind))[1] != kind:
             continue  # a master weight that is the parameter itself
-        kinds[number] = kind
         size = min(tensor.numel() * tensor.element_size(), left[number])
         left[number] -= size
-        parts.append(StaticPart(number, kind, module, size))
+        parts.append(StaticPart(number, chunk, kind, module, size))
     for number, size in left.items():
         if size:
-            kind = kinds.get(number, WORKSPACE)
-            module = PADDING if number in kinds else recorder.blocks[number].module
-            parts.append(StaticPart(number, kind, module, size))
+            chunk, kind = owners.get(number, (0, WORKSPACE))
+            module = PADDING if number in owners else recorder.blocks[number].module
+            parts.append(StaticPart(number, chunk, kind, module, size))
     return parts
 
 
-def _named_tensors(chunks: list[Any], optimizer: Any) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, module, tensor) of everything that belongs to a parameter."""
-    names = {param: name.rpartition(".")[0] for name, param in named_parameters(chunks)}
-    for param, module in names.items():
-        yield PARAMETERS, module, param
+def _named_tensors(chunks: list[Any], optimizer: Any) -> Iterator[tuple[int, str, str, Tensor]]:
+    """(chunk, kind, module, tensor) of everything that belongs to a parameter."""
+    owners = {
+        param: (index, name.rpartition(".")[0])
+        for index, chunk in enumerate(chunks)
+        for name, param in named_parameters([chunk])
+    }
+    for param, (chunk, module) in owners.items():
+        yield chunk, PARAMETERS, module, param
         if (gradient := getattr(param, "main_grad", None)) is not None:
-            yield GRADIENTS, module, gradient
+            yield chunk, GRADIENTS, module, gradient
     for inner in inner_optimizers(optimizer):
         for param, master, _ in masters_of(inner):
-            yield MASTERS, names[param], master
+            chunk, module = owners[param]
+            yield chunk, MASTERS, module, master
             for moment in inner.optimizer.state.get(master, {}).values():
                 if isinstance(moment, Tensor) and moment.dim():
-                    yield MOMENTS, names[param], moment
+                    yield chunk, MOMENTS, module, moment

@@ -34,6 +34,7 @@ class Block:
         op: the op that made it.
         recomputed: made by a forward pass inside of a backward pass.
         received: other ranks' data was put into it.
+        kind: what it is, where the module that made it has said so ("weight copies").
     """
 
     size: int
@@ -41,6 +42,7 @@ class Block:
     op: str
     recomputed: bool = False
     received: bool = False
+    kind: str = ""
 
 
 class Op(NamedTuple):

@@ -1,0 +1,129 @@
+"""The ledgers of a job: one rank of every pipeline stage is enough, and stages that hold the same share one trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from megatron_slm.config.run_config import RunConfig
+from megatron_slm.memory.capacity import Surroundings
+from megatron_slm.memory.ledger import Ledger, Row, ledger
+from megatron_slm.memory.rank import RankTrace
+from megatron_slm.memory.replay import replay
+from megatron_slm.model.config import ModelConfig
+from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.parallel.layout import split_layers
+
+Tracer = Callable[[int], RankTrace]
+"""The trace of a rank of the world."""
+
+
+class Role(NamedTuple):
+    """What the ranks of one pipeline stage hold.
+
+    Attributes:
+        rank: the first of them: all others hold as much, but for the rest of a division.
+        like: the pipeline stage whose trace is taken.
+        shift: by how much its layers are numbered higher than those of ``like``.
+    """
+
+    pipeline_rank: int
+    rank: int
+    like: int
+    shift: int
+
+
+def roles(config: RunConfig, world_size: int) -> list[Role]:
+    """One role for each pipeline stage; stages of the same layers in the same places are alike."""
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    held = chunk_layers(config)
+    first: dict[object, int] = {}
+    found = []
+    for stage in range(stages):
+        like = first.setdefault(_content(config.model, held, stage), stage)
+        shift = held[stage][0].start - held[like][0].start
+        found.append(Role(stage, stage * (world_size // stages), like, shift))
+    return found
+
+
+def chunk_layers(config: RunConfig) -> list[list[range]]:
+    """``[pipeline stage][chunk]`` -> its layers, counted from 0."""
+    parallel = config.parallel
+    split = split_layers(
+        config.model.num_layers,
+        parallel.pipeline_model_parallel_size,
+        parallel.vpp_size,
+        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
+        loss_counts=parallel.account_for_loss_in_pipeline_split,
+    )
+    found: list[list[range]] = [[] for _ in split]
+    start = 0
+    for chunk in range(parallel.vpp_size):
+        for stage, sizes in enumerate(split):
+            found[stage].append(range(start, start + sizes[chunk]))
+            start += sizes[chunk]
+    return found
+
+
+def ledgers(
+    config: RunConfig,
+    tracer: Tracer,
+    *,
+    world_size: int,
+    surroundings: Surroundings | None = None,
+    stages: Iterable[int] | None = None,
+) -> list[Ledger]:
+    """The ledger of every pipeline stage, or of some of them.
+
+    Args:
+        surroundings: of the device; None on a CPU.
+    """
+    wanted = set(stages) if stages is not None else None
+    traces: dict[int, RankTrace] = {}
+    found = []
+    for role in roles(config, world_size):
+        if wanted is not None and role.pipeline_rank not in wanted:
+            continue
+        if role.like not in traces:
+            traces[role.like] = tracer(role.like * (world_size // config.parallel.pipeline_model_parallel_size))
+        trace = replace(traces[role.like], rank=role.rank, pipeline_rank=role.pipeline_rank)
+        whole = ledger(trace, replay(trace), surroundings)
+        found.append(replace(whole, rows=[_shifted(row, role.shift) for row in whole.rows]))
+    return found
+
+
+def communicators(parallel: ParallelConfig, world_size: int) -> int:
+    """NCCL communicators that a rank of the job opens: one for each group of more than one rank that exchanges."""
+    dp = world_size // parallel.model_parallel_size
+    sizes = {
+        "tp": parallel.tensor_model_parallel_size,
+        "cp": parallel.context_parallel_size,
+        "dp x cp": dp * parallel.context_parallel_size,
+        "pp": parallel.pipeline_model_parallel_size,
+        "ep": parallel.expert_model_parallel_size,
+        "world": world_size,
+    }
+    if parallel.expert_model_parallel_size > 1:
+        sizes["tp x ep"] = parallel.expert_tp_size * parallel.expert_model_parallel_size
+        sizes["expert dp"] = (
+            dp * parallel.tensor_model_parallel_size * parallel.context_parallel_size // sizes["tp x ep"]
+        )
+    return sum(size > 1 for size in sizes.values())
+
+
+def _content(model: ModelConfig, held: list[list[range]], stage: int) -> object:
+    """What distinguishes a stage: the kinds of its layers, and whether it begins or ends the model."""
+    kinds = tuple(tuple(model.is_moe_layer(layer) for layer in layers) for layers in held[stage])
+    return kinds, stage == 0, stage == len(held) - 1
+
+
+def _shifted(row: Row, shift: int) -> Row:
+    """A row of the layers ``shift`` further."""
+    if not shift or not row.layer.startswith("layer_"):
+        return row
+    number = int(row.layer.removeprefix("layer_")) + shift
+    module = re.sub(r"^(decoder\.layers\.)\d+", rf"\g<1>{number}", row.module)
+    return row._replace(layer=f"layer_{number}", module=module)
