@@ -12,11 +12,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from megatron_slm.commands import checkpoint, convert, data, training, verify
+from megatron_slm.commands import checkpoint, convert, data, memory, training, verify
 from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb
 from megatron_slm.errors import ConfigError, UserError
 
-VERBS: Mapping[str, Verb] = {**training.VERBS, **data.VERBS, **checkpoint.VERBS, **convert.VERBS, **verify.VERBS}
+VERBS: Mapping[str, Verb] = {
+    **training.VERBS,
+    **data.VERBS,
+    **checkpoint.VERBS,
+    **convert.VERBS,
+    **verify.VERBS,
+    **memory.VERBS,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -98,12 +98,27 @@ def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPla
         step.run(lambda name, chunk: None)
         trace.persistent = sorted(recorder.alive() - existing)
         step.run(begin)
+    _close(trace, recorder.alive())
     begin(FINISH, 0)
     core = built.chunks[0].config
     core.finalize_model_grads_func(built.chunks, torch.ones((), dtype=torch.int))
     begin(UPDATE, 0)
     apply_update(built.optimizer, gradient_norm(built.optimizer))
     recorder.phase = Phase()
+
+
+def _close(trace: RankTrace, alive: set[int]) -> None:
+    """Let what a micro-batch leaves to the next one be what it has found: the same blocks every time."""
+    made = {event for phase in trace.phases.values() for event in phase.events if event >= 0}
+    gone = [number for number in trace.persistent if number not in alive]
+    renamed: dict[int, int] = {}
+    for new in sorted(made & alive):
+        old = next((number for number in gone if trace.blocks[number].size == trace.blocks[new].size), None)
+        if old is not None:
+            gone.remove(old)
+            renamed[new] = old
+    for phase in trace.phases.values():
+        phase.events = [renamed.get(event, event) for event in phase.events]
 
 
 class MicroBatch:

@@ -37,7 +37,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("run_validation",),
     ("run_hooks",),
     ("run", "run_generate"),
-    ("run_lr_range", "convert"),
+    ("run_lr_range", "run_dry", "convert"),
     ("verify",),
     ("commands",),
     ("cli",),

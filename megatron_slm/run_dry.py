@@ -1,0 +1,73 @@
+"""A job in the dry world: the ledgers of its ranks, built through the functions that build a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from megatron_slm.config.run_config import RunConfig
+from megatron_slm.errors import ConfigError
+from megatron_slm.memory.capacity import SEEN_BY_TORCH_BYTES, Surroundings
+from megatron_slm.memory.ledger import Ledger
+from megatron_slm.memory.rank import RankTrace, trace_rank
+from megatron_slm.memory.roles import communicators, ledgers
+from megatron_slm.parallel import device
+
+VOCAB_SIZE = 50_257
+"""Where the configuration leaves it to the tokenizer: GPT-2's."""
+
+
+def job_ledgers(
+    config: RunConfig, *, gpu: str | None = None, for_gpu: bool = True, stage: int | None = None
+) -> list[Ledger]:
+    """The ledger of every pipeline stage.
+
+    Args:
+        config: of ``parallel.world_size`` ranks; breaks no rule.
+        gpu: a key of ``SEEN_BY_TORCH_BYTES``, whose memory it is judged against.
+        for_gpu: as Transformer Engine's kernels on a GPU do it; else as CPU ranks.
+        stage: this pipeline stage alone.
+
+    Raises:
+        ConfigError: the GPU or the stage is not known.
+    """
+    world = config.parallel.world_size or config.parallel.smallest_world_size
+    stages = config.parallel.pipeline_model_parallel_size
+    if stage is not None and not 0 <= stage < stages:
+        raise ConfigError(f"--stage {stage}: the pipeline has stages 0 to {stages - 1}.")
+    surroundings = surroundings_of(config, gpu, world) if for_gpu else None
+    wanted: Iterable[int] | None = None if stage is None else [stage]
+    return ledgers(
+        config,
+        partial(job_trace, config, world_size=world, for_gpu=for_gpu),
+        world_size=world,
+        surroundings=surroundings,
+        stages=wanted,
+    )
+
+
+def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -> RankTrace:
+    """The trace of one rank of the job."""
+    device.preload("cpu")
+    from megatron_slm import run
+
+    return trace_rank(
+        config,
+        run.build_model,
+        run.step_plan,
+        rank=rank,
+        world_size=world_size,
+        vocab_size=config.model.vocab_size or VOCAB_SIZE,
+    )
+
+
+def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surroundings:
+    """What is beside torch's tensors on a GPU.
+
+    Raises:
+        ConfigError: the GPU's memory is not known.
+    """
+    if gpu is not None and gpu not in SEEN_BY_TORCH_BYTES:
+        raise ConfigError(f"--gpu {gpu} is not known; known are {', '.join(SEEN_BY_TORCH_BYTES)}.")
+    capacity = SEEN_BY_TORCH_BYTES[gpu] if gpu is not None else None
+    return Surroundings(capacity, communicators(config.parallel, world_size))
