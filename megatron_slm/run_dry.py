@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.memory.capacity import SEEN_BY_TORCH_BYTES, Surroundings
 from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.rank import RankTrace, trace_rank
-from megatron_slm.memory.roles import communicators, ledgers
+from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.parallel import device
 
 VOCAB_SIZE = 50_257
@@ -71,3 +73,35 @@ def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surr
         raise ConfigError(f"--gpu {gpu} is not known; known are {', '.join(SEEN_BY_TORCH_BYTES)}.")
     capacity = SEEN_BY_TORCH_BYTES[gpu] if gpu is not None else None
     return Surroundings(capacity, communicators(config.parallel, world_size))
+
+
+def deep_check(config: RunConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Play every role of the job: what would stop it, one sentence for each role; empty where nothing does.
+
+    A role is a pipeline stage whose layers no stage before it has, on its first rank and on its last: those differ in
+    what is left of every division.
+
+    Args:
+        say: told which role is played.
+    """
+    world = config.parallel.world_size or config.parallel.smallest_world_size
+    size = world // config.parallel.pipeline_model_parallel_size
+    problems = []
+    for role in roles(config, world):
+        if role.like != role.pipeline_rank:
+            continue
+        for rank in sorted({role.rank, role.rank + size - 1}):
+            say(f"rank {rank} of {world}, pipeline stage {role.pipeline_rank}")
+            try:
+                job_trace(config, rank, world_size=world, for_gpu=False)
+            except Exception as error:
+                place = f"rank {rank} of {world} (pipeline stage {role.pipeline_rank})"
+                problems.append(f"{place} would stop: {_shortly(error)}")
+    return problems
+
+
+def _shortly(error: Exception) -> str:
+    """The error's first line, and the line of code that has raised it."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno}, {frame.name})"

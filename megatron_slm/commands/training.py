@@ -77,7 +77,7 @@ def check(name: str, tokens: Sequence[str]) -> int:
     """``mslm check``: every refused value and violated rule at once, without torch."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--skip-files | --downscale [--ranks N]]",
+        "[CONFIG] [key=value | --flag ...] [--skip-files | --downscale [--ranks N]] [--deep]",
         "Check a configuration: list every violated rule, or say how the job would be divided. Exit code 2 if any rule "
         "is violated.",
         example="mslm check --preset llama3-8b --tensor-model-parallel-size 8 --skip-files",
@@ -86,6 +86,9 @@ def check(name: str, tokens: Sequence[str]) -> int:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--skip-files", action="store_true", help="do not look for the corpus and other input files")
     downscaled.add_options(choice, parser, "show instead what `mslm train --downscale` would change")
+    parser.add_argument(
+        "--deep", action="store_true", help="play every role of the job without values: what would stop it? (seconds)"
+    )
     own, rest = parser.parse_known_args(tokens)
     from megatron_slm.config.load import examine
 
@@ -106,6 +109,22 @@ def check(name: str, tokens: Sequence[str]) -> int:
         print("\n".join([*problems, *found, "; ".join(counts)]), file=sys.stderr)
         return EXIT_REFUSED
     print(_summary(resolved))
+    return _play_roles(resolved) if own.deep else EXIT_OK
+
+
+def _play_roles(resolved: Resolved) -> int:
+    """``mslm check --deep``: a step of every role in the dry world."""
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.run_dry import deep_check
+
+    played: list[str] = []
+    problems = deep_check(resolved.config, say=played.append)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return EXIT_REFUSED
+    print(f"played a step of {len(played)} ranks, which stand for all: {'; '.join(played)}")
     return EXIT_OK
 
 

@@ -116,6 +116,8 @@ class Recorder(TorchDispatchMode):
         """One op."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func.namespace == "prim":  # questions about a tensor
+            return out
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         module, name = self.module(), str(func._overloadpacket)
         for tensor in made:
