@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_slm.config import rules
@@ -84,6 +86,15 @@ class BuiltModel(NamedTuple):
     chunks: list[nn.Module]
     optimizer: MegatronOptimizer
     random: RandomState
+    reason: str
+
+
+class Layers(NamedTuple):
+    """Core's configuration, the layers' spec, the final norm's class, and why they are what they are."""
+
+    core: TransformerConfig
+    spec: ModuleSpec
+    norm: Any
     reason: str
 
 
@@ -207,16 +218,24 @@ def build_state(
 
 def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> BuiltModel:
     """What a configuration alone decides of a rank's state, without any data."""
-    random = RandomState(config.train.seed, dp_rank=groups.dp_cp.rank(), pp_rank=groups.pp.rank())
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
     spec, norm, reason = choose_spec(device.type, config.model, packed_documents=config.data.reset_attention_mask)
+    return assemble_model(config, groups, device, vocab_size, layers=Layers(core, spec, norm, reason))
+
+
+def assemble_model(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, layers: Layers
+) -> BuiltModel:
+    """The same of layers that are chosen already."""
+    core = layers.core
+    random = RandomState(config.train.seed, dp_rank=groups.dp_cp.rank(), pp_rank=groups.pp.rank())
     chunks = build_chunks(
         config.model,
         core,
         groups,
         vocab_size=vocab_size,
         seed=config.train.seed,
-        spec=(spec, norm),
+        spec=(layers.spec, layers.norm),
         device=device,
         z_loss_coefficient=config.train.z_loss_coefficient,
         label_smoothing=config.train.label_smoothing,
@@ -238,7 +257,7 @@ def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size
         width_multiplier=config.model.width_multiplier,
     )
     initialise_state(optimizer)
-    return BuiltModel(chunks, optimizer, random, reason)
+    return BuiltModel(chunks, optimizer, random, layers.reason)
 
 
 def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:

@@ -1,19 +1,28 @@
-"""A job in the dry world: the ledgers of its ranks, built through the functions that build a run."""
+"""A job in the dry world: the ledgers of its ranks, built through the functions that build a run.
+
+``device.preload("cpu")`` comes before this is imported.
+"""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from megatron_slm import run
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.memory.capacity import SEEN_BY_TORCH_BYTES, Surroundings
 from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
-from megatron_slm.parallel import device
+from megatron_slm.model.core_config import transformer_config
+from megatron_slm.parallel import declared
 
 VOCAB_SIZE = 50_257
 """Where the configuration leaves it to the tokenizer: GPT-2's."""
@@ -49,18 +58,32 @@ def job_ledgers(
 
 
 def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -> RankTrace:
-    """The trace of one rank of the job."""
-    device.preload("cpu")
-    from megatron_slm import run
-
+    """The trace of one rank of the job; ``device.preload("cpu")`` comes before."""
     return trace_rank(
         config,
-        run.build_model,
+        partial(build_declared, options={}) if for_gpu else run.build_model,
         run.step_plan,
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size or VOCAB_SIZE,
+        kernels=declared.declared_kernels if for_gpu else nullcontext,
     )
+
+
+def build_declared(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, options: Mapping[str, Any]
+) -> run.BuiltModel:
+    """``run.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``.
+
+    Args:
+        options: of core's configuration, that another program than this one sets.
+    """
+    core = transformer_config(config.model, config.parallel, config.precision, config.train, device="cuda")
+    for name, value in options.items():
+        setattr(core, name, value)
+    spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
+    layers = run.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
+    return run.assemble_model(config, groups, device, vocab_size, layers=layers)
 
 
 def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surroundings:

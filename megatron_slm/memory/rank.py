@@ -7,7 +7,7 @@ workspaces). :mod:`megatron_slm.memory.replay` plays the schedule with what one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,25 @@ class RankTrace:
 
 
 def trace_rank(
-    config: RunConfig, build: Build, plan: Plan, *, rank: int, world_size: int, vocab_size: int
+    config: RunConfig,
+    build: Build,
+    plan: Plan,
+    *,
+    rank: int,
+    world_size: int,
+    vocab_size: int,
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> RankTrace:
-    """Play ``rank`` in the dry world. ``device.preload("cpu")`` comes before."""
-    with dry_world(config.parallel, rank=rank, world_size=world_size) as groups, Recorder() as recorder:
+    """Play ``rank`` in the dry world. ``device.preload("cpu")`` comes before.
+
+    Args:
+        kernels: what core is to take for its kernels meanwhile.
+    """
+    with (
+        dry_world(config.parallel, rank=rank, world_size=world_size) as groups,
+        kernels(),
+        Recorder() as recorder,
+    ):
         device = torch.device("cpu")
         built = build(config, groups, device, vocab_size)
         recorder.names = {

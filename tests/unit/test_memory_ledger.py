@@ -11,11 +11,15 @@ import pytest
 from megatron_slm.cli import main
 from megatron_slm.config.load import load, value_of
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.memory import fit, report
-from megatron_slm.memory.capacity import GIB, Surroundings
-from megatron_slm.memory.ledger import Ledger
-from megatron_slm.memory.roles import chunk_layers, communicators, roles
-from megatron_slm.run_dry import deep_check, job_ledgers
+from megatron_slm.parallel import device
+
+device.preload("cpu")
+
+from megatron_slm.memory import fit, report  # noqa: E402
+from megatron_slm.memory.capacity import GIB, Surroundings  # noqa: E402
+from megatron_slm.memory.ledger import Ledger  # noqa: E402
+from megatron_slm.memory.roles import chunk_layers, communicators, roles  # noqa: E402
+from megatron_slm.run_dry import deep_check, job_ledgers  # noqa: E402
 
 SMALL = (
     "model.hidden_size=64", "model.num_attention_heads=4", "model.seq_length=64", "model.vocab_size=500",
