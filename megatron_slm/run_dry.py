@@ -17,12 +17,15 @@ import torch
 from megatron_slm import run
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
-from megatron_slm.memory.capacity import SEEN_BY_TORCH_BYTES, Surroundings
+from megatron_slm.memory.capacity import Surroundings
 from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.parallel import declared
+from megatron_slm.plan.cluster import cluster_of
+from megatron_slm.plan.predict import Question, predict
+from megatron_slm.plan.rates import rates_of
 
 VOCAB_SIZE = 50_257
 """Where the configuration leaves it to the tokenizer: GPT-2's."""
@@ -35,7 +38,7 @@ def job_ledgers(
 
     Args:
         config: of ``parallel.world_size`` ranks; breaks no rule.
-        gpu: a key of ``SEEN_BY_TORCH_BYTES``, whose memory it is judged against.
+        gpu: a cluster of ``plan.cluster``, whose GPUs' memory it is judged against.
         for_gpu: as Transformer Engine's kernels on a GPU do it; else as CPU ranks.
         stage: this pipeline stage alone.
 
@@ -90,12 +93,17 @@ def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surr
     """What is beside torch's tensors on a GPU.
 
     Raises:
-        ConfigError: the GPU's memory is not known.
+        ConfigError: the GPU is not known.
     """
-    if gpu is not None and gpu not in SEEN_BY_TORCH_BYTES:
-        raise ConfigError(f"--gpu {gpu} is not known; known are {', '.join(SEEN_BY_TORCH_BYTES)}.")
-    capacity = SEEN_BY_TORCH_BYTES[gpu] if gpu is not None else None
+    capacity = round(cluster_of(gpu).memory_bytes) if gpu is not None else None
     return Surroundings(capacity, communicators(config.parallel, world_size))
+
+
+def step_seconds(config: RunConfig, gpu: str) -> float:
+    """Predicted seconds of a step on a cluster of these GPUs."""
+    cluster = cluster_of(gpu)
+    world = config.parallel.world_size or config.parallel.smallest_world_size
+    return predict(Question(config, cluster.of_gpus(world), rates_of(cluster.architecture))).step_seconds
 
 
 def deep_check(config: RunConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:
@@ -116,7 +124,7 @@ def deep_check(config: RunConfig, *, say: Callable[[str], None] = lambda line: N
         for rank in sorted({role.rank, role.rank + size - 1}):
             say(f"rank {rank} of {world}, pipeline stage {role.pipeline_rank}")
             try:
-                job_trace(config, rank, world_size=world, for_gpu=False)
+                job_trace(config, rank, world_size=world, for_gpu=config.parallel.device != "cpu")
             except Exception as error:
                 place = f"rank {rank} of {world} (pipeline stage {role.pipeline_rank})"
                 problems.append(f"{place} would stop: {_shortly(error)}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, resolve, violations_of
+from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, path_of, resolve, violations_of
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 
@@ -22,7 +22,7 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     """``mslm memory``: the ledger of every pipeline stage."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--gpu NAME] [--layers] [--why] [--fit] [--json]",
+        "[CONFIG] [key=value | --flag ...] [--gpu NAME] [--layers] [--why] [--fit] [--plot FILE] [--json]",
         "Say where every byte goes before anything is queued: the real modules are built and run without values, one "
         "rank of every pipeline stage, and the schedule is replayed. Exit code 0 if it fits or no GPU is named, 1 if "
         "not.",
@@ -36,6 +36,7 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     parser.add_argument("--layers", action="store_true", help="show every layer of every stage")
     parser.add_argument("--why", action="store_true", help="explain the worst moment")
     parser.add_argument("--fit", action="store_true", help="rank the changes that would save memory")
+    parser.add_argument("--plot", type=path_of, metavar="FILE", help="draw it there (.png, .svg)")
     parser.add_argument("--json", action="store_true", help="print every row as JSON")
     own, rest = parser.parse_known_args(tokens)
     resolved = resolve(rest)
@@ -50,7 +51,7 @@ def memory(name: str, tokens: Sequence[str]) -> int:
 
     preload("cpu")
     from megatron_slm.memory import report
-    from megatron_slm.run_dry import job_ledgers
+    from megatron_slm.run_dry import job_ledgers, step_seconds
 
     ledgers = partial(job_ledgers, gpu=own.gpu, for_gpu=for_gpu)
     found_ledgers = ledgers(config, stage=own.stage)
@@ -63,7 +64,12 @@ def memory(name: str, tokens: Sequence[str]) -> int:
         if own.fit:
             from megatron_slm.memory.fit import changes, fit_table
 
-            print("\n" + fit_table(changes(config, ledgers)))
+            seconds = partial(step_seconds, gpu=own.gpu) if own.gpu is not None else None
+            print("\n" + fit_table(changes(config, ledgers, seconds)))
+    if own.plot is not None:
+        from megatron_slm.memory.plot import plot
+
+        plot(found_ledgers, own.plot)
     return EXIT_DOES_NOT_FIT if any(one.verdict == "does not fit" for one in found_ledgers) else EXIT_OK
 
 

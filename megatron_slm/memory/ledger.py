@@ -11,15 +11,10 @@ from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.replay import Timeline, alive_at_worst, saved_blocks
 from megatron_slm.memory.schedule import BACKWARD, FORWARD
 from megatron_slm.memory.static import WORKSPACE
+from megatron_slm.memory.trace import COMMUNICATION
 from megatron_slm.train.layer_norms import part_of
 
-ACTIVATIONS, RECOMPUTED, LOGITS, COMMUNICATION, ROUNDING = (
-    "activations",
-    "recompute",
-    "logits and loss",
-    "communication buffers",
-    "allocator rounding",
-)
+ACTIVATIONS, RECOMPUTED, LOGITS, ROUNDING = ("activations", "recompute", "logits and loss", "allocator rounding")
 OUTPUT = ("output_layer", "")
 """Modules whose blocks are logits and loss; the loss itself is computed outside of every module."""
 

@@ -6,7 +6,7 @@ workspaces). :mod:`megatron_slm.memory.replay` plays the schedule with what one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.schedule import BACKWARD, FINISH, FORWARD, UPDATE
-from megatron_slm.memory.static import StaticPart, static_parts
-from megatron_slm.memory.trace import Block, Phase, Recorder
+from megatron_slm.memory.static import WORKSPACE, StaticPart, static_parts
+from megatron_slm.memory.trace import COMMUNICATION, Block, Phase, Recorder
 from megatron_slm.parallel import pipeline
 from megatron_slm.parallel.dry import dry_world
 from megatron_slm.parallel.gradients import unwrap, zero_gradients
@@ -44,6 +44,9 @@ class RankTrace:
         blocks: every storage, by number.
         static: what exists between steps, divided among parameters.
         persistent: blocks beside the static ones that a micro-batch finds there.
+        batch: blocks of one micro-batch's tokens; those of a step are there as long as it lasts.
+        exchanged: block that stands for every tensor between pipeline ranks; see ``memory.exchange``.
+        frees_outputs: an output's memory is given back once it is sent.
         phases: by (name, chunk): "forward" and "backward" of each chunk, ("finish", 0), ("update", 0).
     """
 
@@ -54,6 +57,9 @@ class RankTrace:
     blocks: list[Block]
     static: list[StaticPart]
     persistent: list[int] = field(default_factory=list)
+    batch: list[int] = field(default_factory=list)
+    exchanged: int | None = None
+    frees_outputs: bool = False
     phases: dict[tuple[str, int], Phase] = field(default_factory=dict)
 
     @property
@@ -104,27 +110,36 @@ def trace_rank(
 def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPlan, config: RunConfig) -> None:
     existing = recorder.alive()
     zero_gradients(built.chunks)
-    step = MicroBatch(built.chunks, plan, config)
-
-    def begin(name: str, chunk: int) -> None:
-        recorder.phase = trace.phases[name, chunk] = Phase()
-
+    step = MicroBatch(built.chunks, plan, config, recorder)
     with _no_reduction(built.chunks):
-        step.run(lambda name, chunk: None)
-        trace.persistent = sorted(recorder.alive() - existing)
-        step.run(begin)
+        step.run({})
+        trace.persistent = sorted(recorder.alive() - existing - step.outside)
+        step.run(trace.phases)
+    for phase in trace.phases.values():
+        phase.events = _own(phase, step.outside)
     _close(trace, recorder.alive())
-    begin(FINISH, 0)
+    trace.batch, trace.exchanged, trace.frees_outputs = step.batch, step.exchanged, step.frees_outputs
+    recorder.phase = trace.phases[FINISH, 0] = Phase()
     core = built.chunks[0].config
     core.finalize_model_grads_func(built.chunks, torch.ones((), dtype=torch.int))
-    begin(UPDATE, 0)
+    recorder.phase = trace.phases[UPDATE, 0] = Phase()
     apply_update(built.optimizer, gradient_norm(built.optimizer))
     recorder.phase = Phase()
 
 
+def _own(phase: Phase, outside: set[int]) -> list[int]:
+    """A phase's events without those of blocks that the schedule holds, but for the birth of the one it makes."""
+    return [
+        event
+        for event in phase.events
+        if event == phase.output or (event if event >= 0 else ~event) not in outside
+    ]
+
+
 def _close(trace: RankTrace, alive: set[int]) -> None:
     """Let what a micro-batch leaves to the next one be what it has found: the same blocks every time."""
-    made = {event for phase in trace.phases.values() for event in phase.events if event >= 0}
+    outputs = {phase.output for phase in trace.phases.values()}
+    made = {event for phase in trace.phases.values() for event in phase.events if event >= 0} - outputs
     gone = [number for number in trace.persistent if number not in alive]
     renamed: dict[int, int] = {}
     for new in sorted(made & alive):
@@ -137,36 +152,63 @@ def _close(trace: RankTrace, alive: set[int]) -> None:
 
 
 class MicroBatch:
-    """One micro-batch through all chunks of a rank; what core's schedule keeps until the next one is kept here."""
+    """One micro-batch through all chunks of a rank, recorded.
 
-    def __init__(self, chunks: list[Any], plan: StepPlan, config: RunConfig) -> None:
-        self._chunks, self._plan, self._config = chunks, plan, config
-        self._gradients: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(chunks)
+    Attributes:
+        outside: blocks that the schedule holds, not a pass: tokens, and what pipeline ranks exchange.
+        batch: those of the tokens.
+        exchanged: one of those that are exchanged; all are as large.
+        frees_outputs: an output's memory is given back once it is sent.
+    """
 
-    def run(self, begin: Callable[[str, int], None]) -> None:
-        """Forward through every chunk, then backward; ``begin`` is told of each before it starts."""
-        pairs = []
-        for index, chunk in enumerate(self._chunks):
-            begin(FORWARD, index)
-            pairs.append(self._forward(chunk, index))
-        for index, chunk in reversed(list(enumerate(self._chunks))):
-            begin(BACKWARD, index)
-            self._backward(chunk, index, *pairs.pop())
+    def __init__(self, chunks: list[Any], plan: StepPlan, config: RunConfig, recorder: Recorder) -> None:
+        self._chunks, self._plan, self._config, self._recorder = chunks, plan, config, recorder
+        self.outside: set[int] = set()
+        self.batch: list[int] = []
+        self.exchanged: int | None = None
+        self.frees_outputs: bool = chunks[0].config.deallocate_pipeline_outputs
 
-    def _forward(self, chunk: Any, index: int) -> tuple[Tensor | None, Tensor]:
-        model = unwrap(chunk)
-        received = None if model.pre_process else self._hidden().requires_grad_()
+    def run(self, phases: dict[tuple[str, int], Phase]) -> None:
+        """Forward through every chunk, then backward; ``phases`` receives what each does."""
+        before = self._recorder.alive()
         batch = self._batch()
-        groups = self._plan.groups
-        output = pipeline.forward_chunk(chunk, batch, self._plan.loss, received, ends=model.post_process, groups=groups)
-        if not model.post_process:
-            pipeline.release_output(output, chunk)
-        return received, output
+        self.batch = sorted(self._recorder.alive() - before)
+        self._set_outside(self.batch, WORKSPACE)
+        passed = []
+        for index, chunk in enumerate(self._chunks):
+            received = None if unwrap(chunk).pre_process else self._hidden().requires_grad_()
+            phases[FORWARD, index] = self._recorder.phase = Phase()
+            passed.append((received, self._forward(chunk, batch, received)))
+            self._recorder.phase = Phase()
+        for index in reversed(range(len(self._chunks))):
+            gradient = None if unwrap(self._chunks[index]).post_process else self._hidden()
+            phases[BACKWARD, index] = self._recorder.phase = Phase()
+            self._backward(self._chunks[index], *passed.pop(), gradient)
+            self._recorder.phase = Phase()
 
-    def _backward(self, chunk: Any, index: int, received: Tensor | None, output: Tensor) -> None:
-        gradient = None if unwrap(chunk).post_process else self._hidden()
-        found = pipeline.backward_chunk(chunk, received, output, gradient)
-        self._gradients[index] = (found, gradient)
+    def _forward(self, chunk: Any, batch: Batch, received: Tensor | None) -> Tensor:
+        ends, groups = unwrap(chunk).post_process, self._plan.groups
+        output = pipeline.forward_chunk(chunk, batch, self._plan.loss, received, ends=ends, groups=groups)
+        if self.frees_outputs and not ends:
+            pipeline.release_output(output, chunk)
+        elif not ends:
+            self._leave(output)
+        return output
+
+    def _backward(self, chunk: Any, received: Tensor | None, output: Tensor, gradient: Tensor | None) -> None:
+        if (made := pipeline.backward_chunk(chunk, received, output, gradient)) is not None:
+            self._leave(made)
+
+    def _leave(self, made: Tensor) -> None:
+        """The schedule gets what a pass has made."""
+        if (number := self._recorder.number(made)) is not None:
+            self._recorder.phase.output = number
+            self._set_outside([number], "")
+
+    def _set_outside(self, numbers: Iterable[int], kind: str) -> None:
+        self.outside.update(numbers)
+        for number in numbers:
+            self._recorder.blocks[number].kind = kind
 
     def _batch(self) -> Batch:
         size, length = self._config.train.micro_batch_size, self._config.model.seq_length
@@ -180,7 +222,11 @@ class MicroBatch:
         length = self._config.model.seq_length // groups.cp.size()
         length //= groups.tp.size() if parallel.sequence_parallel else 1
         dtype = getattr(torch, self._config.precision.params_dtype)
-        return torch.empty(length, self._config.train.micro_batch_size, self._config.model.hidden_size, dtype=dtype)
+        hidden = torch.empty(length, self._config.train.micro_batch_size, self._config.model.hidden_size, dtype=dtype)
+        self.exchanged = self._recorder.number(hidden)
+        if self.exchanged is not None:
+            self._set_outside([self.exchanged], COMMUNICATION)
+        return hidden
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_slm.memory.exchange import held
 from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.schedule import BACKWARD, FORWARD, Turn, turns
 from megatron_slm.memory.trace import Block, Phase
@@ -21,11 +22,12 @@ class Course(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """One turn: bytes alive when it begins, and the most while it lasts."""
+    """One turn: bytes alive when it begins, the most while it lasts, and tensors that the schedule holds meanwhile."""
 
     turn: Turn
     start_bytes: int
     peak_bytes: int
+    exchanged: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Timeline:
     Attributes:
         static_bytes: what exists between steps.
         worst: index of the turn in which the most is alive.
+        micro_batches: of the step.
     """
 
     moments: list[Moment]
     static_bytes: int
     worst: int
+    micro_batches: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -53,24 +57,30 @@ def replay(trace: RankTrace, micro_batches: int | None = None) -> Timeline:
     Args:
         micro_batches: of the step; default the traced configuration's.
     """
+    number = micro_batches or trace.micro_batches
     courses = {key: course(phase, trace.blocks) for key, phase in trace.phases.items()}
     static = sum(part.size for part in trace.static)
-    alive = static + sum(trace.blocks[number].size for number in trace.persistent)
+    alive = static + sum(trace.blocks[block].size for block in trace.persistent)
+    alive += number * sum(trace.blocks[block].size for block in trace.batch)
+    exchanged = trace.blocks[trace.exchanged].size if trace.exchanged is not None else 0
+    place = (trace.pipeline_rank, trace.stages, trace.chunks, number)
     moments = []
-    for turn in turns(trace.pipeline_rank, trace.stages, trace.chunks, micro_batches or trace.micro_batches):
+    for turn, count in zip(turns(*place), held(*place, frees_outputs=trace.frees_outputs), strict=True):
         taken = courses[turn.name, turn.chunk]
-        moments.append(Moment(turn, alive, alive + taken.peak))
+        start = alive + count * exchanged
+        moments.append(Moment(turn, start, start + taken.peak, count))
         alive += taken.net
     worst = max(range(len(moments)), key=lambda index: moments[index].peak_bytes)
-    return Timeline(moments, static, worst)
+    return Timeline(moments, static, worst, number)
 
 
 def course(phase: Phase, blocks: list[Block]) -> Course:
-    """The bytes of a phase's events, added up."""
+    """The bytes of a phase's events, added up; what it leaves to the schedule counts until its end."""
     sizes = [blocks[event].size if event >= 0 else -blocks[~event].size for event in phase.events]
     running = list(itertools.accumulate(sizes, initial=0))
     position = max(range(len(running)), key=running.__getitem__)
-    return Course(running[-1], running[position], position)
+    left = blocks[phase.output].size if phase.output is not None else 0
+    return Course(running[-1] - left, running[position], position)
 
 
 def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
@@ -79,11 +89,15 @@ def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
     The blocks that a forward pass leaves exist once for every micro-batch whose backward pass has not been.
     """
     count = Counter(trace.persistent)
+    count.update(dict.fromkeys(trace.batch, timeline.micro_batches))
     for moment in timeline.moments[: timeline.worst]:
-        _apply(count, trace.phases[moment.turn.name, moment.turn.chunk].events)
-    last = timeline.moments[timeline.worst].turn
-    phase = trace.phases[last.name, last.chunk]
+        phase = trace.phases[moment.turn.name, moment.turn.chunk]
+        _apply(count, [event for event in phase.events if event != phase.output])
+    worst = timeline.moments[timeline.worst]
+    phase = trace.phases[worst.turn.name, worst.turn.chunk]
     _apply(count, phase.events[: course(phase, trace.blocks).position])
+    if trace.exchanged is not None:
+        count[trace.exchanged] += worst.exchanged
     return +count
 
 

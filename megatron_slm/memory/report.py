@@ -33,7 +33,7 @@ def table(found: Sequence[Ledger]) -> str:
     head = f"{'pipeline stage':<15}" + "".join(f"{name:>14}" for name in COLUMNS)
     lines = [head + f"{'total':>9}  {'low - high':>16}  verdict"]
     for label, one in _grouped(found):
-        cells = "".join(f"{gib(size):>14}" for size in _columns(one).values())
+        cells = "".join(f"{gib(size):>14}" for size in columns(one).values())
         band = f"{gib(one.low)} - {gib(one.high)}"
         lines.append(f"{label:<15}{cells}{gib(one.size):>9}  {band:>16}  {one.verdict}".rstrip())
     return "\n".join(lines)
@@ -49,7 +49,7 @@ def bars(found: Sequence[Ledger]) -> str:
     for label, one in _grouped(found):
         bar = ""
         reached = 0
-        for letter, size in zip(BAR_LETTERS, _columns(one).values(), strict=True):
+        for letter, size in zip(BAR_LETTERS, columns(one).values(), strict=True):
             reached += size
             bar += letter * (round(reached / full * BAR_WIDTH) - len(bar))
         bar = bar.ljust(BAR_WIDTH + 1)
@@ -152,14 +152,15 @@ def _row_fields(row: Row) -> dict[str, object]:
     return {("bytes" if name == "size" else name): value for name, value in fields.items()}
 
 
-def _columns(one: Ledger) -> dict[str, int]:
+def columns(one: Ledger) -> dict[str, int]:
+    """Bytes of each of ``COLUMNS``."""
     kinds = one.by_kind()
     return {name: sum(kinds.get(kind, 0) for kind in members) for name, members in COLUMNS.items()}
 
 
 def _grouped(found: Sequence[Ledger]) -> Iterator[tuple[str, Ledger]]:
     """Neighbouring stages with equal columns under one label."""
-    for _, group in groupby(found, key=lambda one: tuple(_columns(one).values())):
+    for _, group in groupby(found, key=lambda one: tuple(columns(one).values())):
         same = list(group)
         first, last = same[0].pipeline_rank, same[-1].pipeline_rank
         yield (f"{first}" if first == last else f"{first} to {last}"), same[0]

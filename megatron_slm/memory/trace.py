@@ -21,6 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 NOWHERE = ""
 """Outside of every module: the loss, buffers of the schedule, the optimizer."""
+COMMUNICATION = "communication buffers"
+"""Kind of a block that another rank's data is put into, or that is sent."""
 
 
 @dataclass(slots=True)
@@ -74,10 +76,12 @@ class Phase:
     Attributes:
         events: ``i`` for block ``i`` made, ``~i`` for it released.
         ops: what was run.
+        output: block that it leaves to the schedule: what is sent to another pipeline rank.
     """
 
     events: list[int] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
+    output: int | None = None
 
 
 class Recorder(TorchDispatchMode):
