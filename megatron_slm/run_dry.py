@@ -23,6 +23,7 @@ from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.parallel import declared
+from megatron_slm.parallel.declared_ops import Kernels
 from megatron_slm.plan.cluster import cluster_of
 from megatron_slm.plan.predict import Question, predict
 from megatron_slm.plan.rates import rates_of
@@ -69,7 +70,7 @@ def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size or VOCAB_SIZE,
-        kernels=declared.declared_kernels if for_gpu else nullcontext,
+        kernels=partial(declared.declared_kernels, Kernels()) if for_gpu else nullcontext,
     )
 
 

@@ -37,7 +37,7 @@ from megatron_slm.parallel import (
     declared_rotation,
 )
 from megatron_slm.parallel.attention import SelfAttentionCore
-from megatron_slm.parallel.declared_ops import KERNELS, PERSISTENT, Kernels, persistent
+from megatron_slm.parallel.declared_ops import KERNELS, PERSISTENT, Kernels, dummy_gradient
 from megatron_slm.parallel.latent import with_whole_latents
 
 VERSION = "2.11.0"
@@ -57,6 +57,25 @@ def declared_spec(model: ModelConfig, packed_documents: bool) -> tuple[ModuleSpe
     if packed_documents:
         spec.submodules.self_attention.submodules.core_attention = SelfAttentionCore
     return spec, declared_extension().TENorm
+
+
+def declared_options(model: ModelConfig, *, published: bool) -> dict[str, Any]:
+    """Core's options on a GPU, where ``model.core_config.transformer_config`` of the CPU says otherwise.
+
+    Args:
+        published: those of Megatron-LM's command line, by default, beside them.
+    """
+    options: dict[str, Any] = {"deallocate_pipeline_outputs": True}
+    if published:
+        options |= {
+            "gradient_accumulation_fusion": True,
+            # Of latent attention core fuses YaRN alone.
+            "apply_rope_fusion": model.position_embedding_type == "rope"
+            and (not model.multi_latent_attention or model.rope_type == "yarn"),
+            # Core fuses the exact GELU with a bias, and SwiGLU with or without one.
+            "bias_activation_fusion": model.swiglu or (model.add_bias_linear and not model.openai_gelu),
+        }
+    return options
 
 
 @functools.cache
@@ -120,7 +139,7 @@ def stand_in_packages() -> dict[str, types.ModuleType]:
 
 
 @contextlib.contextmanager
-def declared_kernels(kernels: Kernels = Kernels()) -> Iterator[None]:
+def declared_kernels(kernels: Kernels | None = None) -> Iterator[None]:
     """Core runs the kernels of a GPU as they are declared; everything is as before afterwards."""
     PERSISTENT.clear()
     te = declared_extension()
@@ -147,7 +166,7 @@ def declared_kernels(kernels: Kernels = Kernels()) -> Iterator[None]:
         (clip_grads, "multi_tensor_scale_impl"): declared_fusions.multi_tensor_scale,
         (layers, "fused_weight_gradient_mlp_cuda"): declared_fusions.weight_gradient_extension(),
         (layers, "_grad_accum_fusion_available"): True,
-        (layers, "get_dummy_wgrad"): _dummy_gradient,
+        (layers, "get_dummy_wgrad"): dummy_gradient,
         (layers, "HAVE_TE"): True,
         (swiglu, "swiglu"): declared_fusions.gated,
         (swiglu, "bias_swiglu"): declared_fusions.gated,
@@ -164,20 +183,13 @@ def declared_kernels(kernels: Kernels = Kernels()) -> Iterator[None]:
         (moe_utils, "HAVE_TE"): True,
         **{(moe_utils, name): getattr(declared_experts, name) for name in names},
     }
-    token = KERNELS.set(kernels)
+    token = KERNELS.set(kernels or Kernels())
     with _replaced(replacements):
         try:
             yield
         finally:
             KERNELS.reset(token)
             PERSISTENT.clear()
-
-
-def _dummy_gradient(shape: list[int], dtype: Any, zero: bool = False) -> Any:
-    """``get_dummy_wgrad``: one tensor for all weights of a shape."""
-    import torch
-
-    return persistent((tuple(shape), dtype), shape, torch.empty(0, dtype=dtype)).detach()
 
 
 @contextlib.contextmanager
@@ -201,13 +213,3 @@ def _importable(packages: dict[str, types.ModuleType]) -> Iterator[None]:
             del sys.modules[name]
             if module is not None:
                 sys.modules[name] = module
-
-
-def declared_options(model: ModelConfig) -> dict[str, Any]:
-    """Core's options under which Megatron-LM runs Transformer Engine's layers by default, where ours differ."""
-    return {
-        "gradient_accumulation_fusion": True,
-        "deallocate_pipeline_outputs": True,
-        "apply_rope_fusion": model.position_embedding_type == "rope",
-        "bias_activation_fusion": True,
-    }

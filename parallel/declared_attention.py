@@ -1,7 +1,7 @@
 """Transformer Engine's attention in the dry world.
 
-Read from NVIDIA/TransformerEngine v2.11, ``pytorch/attention/dot_product_attention/{backends,context_parallel,utils}.py``.
-The backend is cuDNN's fused attention; that of flash-attention keeps the same tensors.
+Read from NVIDIA/TransformerEngine v2.11, ``{backends,context_parallel,utils,softmax}.py`` of
+``pytorch/attention/dot_product_attention``, and ``pytorch/csrc/extensions/attention.cpp``.
 
 Shapes: S sequence (local: S / cp), B batch, N query heads and M key heads of this rank, D head dim (values may differ).
 """
@@ -69,9 +69,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, causal: bool) -
     return out, statistics, random
 
 
-def attention_backward(
-    grad_output: Tensor, saved: tuple[Tensor, ...], causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward(grad_output: Tensor, saved: tuple[Tensor, ...], causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; five products for the forward pass's two."""
     query, key, value, out, statistics, _ = saved
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -153,9 +151,9 @@ class AttentionOverHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, group: Any) -> Tensor:
-        exchanged = [to_heads(tensor, group) for tensor in (query, key, value)]
-        out, statistics, random = attention_forward(*exchanged, causal)
-        ctx.save_for_backward(*exchanged, out, statistics, random)
+        query, key, value = (to_heads(tensor, group) for tensor in (query, key, value))
+        out, statistics, random = attention_forward(query, key, value, causal)
+        ctx.save_for_backward(query, key, value, out, statistics, random)
         ctx.causal, ctx.group = causal, group
         return to_sequence(out, group)
 
@@ -222,7 +220,8 @@ class AttentionOverBlocks(torch.autograd.Function):
         query, joined, out, statistics = ctx.saved_tensors
         grad_output = grad_output.contiguous()
         group = ctx.group
-        key, value = (joined.new_empty(0).new_empty(shape) for shape in ctx.shapes)
+        sizes = [shape.numel() for shape in ctx.shapes]
+        key, value = (part.view(shape) for part, shape in zip(joined.split(sizes), ctx.shapes, strict=True))
         grad_query = torch.empty_like(query)
         grad_joined = torch.empty_like(joined)
         received = exchanged_around(joined, group), torch.empty_like(grad_joined)
@@ -241,7 +240,8 @@ class AttentionOverBlocks(torch.autograd.Function):
 def block(
     query: Tensor, key: Tensor, value: Tensor, step: int, group: Any, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What one step of the ring attends: under a causal mask half the keys of earlier ranks, half the queries for later."""
+    """What a step of the ring attends: under a causal mask all queries to half the keys of a rank before this one, or
+    half the queries to all keys of one behind it."""
     half = len(query) // 2
     if not causal or step == 0:
         return query, key, value

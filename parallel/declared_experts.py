@@ -155,7 +155,7 @@ class Sorting(torch.autograd.Function):
 def te_general_gemm(
     a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, layout: str = "TN", **ignored: Any
 ) -> list[Tensor]:
-    """Core's name of ``general_gemm``, which the router multiplies with: a and b swapped and transposed by ``layout``."""
+    """``general_gemm`` by core's name, which the router multiplies with; ``layout`` says how a and b are transposed."""
     rows, columns = {
         "TN": (b.shape[0], a.shape[0]),
         "NN": (b.shape[0], a.shape[1]),

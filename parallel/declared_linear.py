@@ -245,5 +245,3 @@ def mark_divided(parameter: Tensor, dimension: int) -> None:
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     parameter.partition_dim = dimension  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
-
-

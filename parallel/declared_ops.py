@@ -51,11 +51,14 @@ class Kernels:
         loss: our loss or the cross-entropy of a published Megatron run; see ``declared_loss.use_loss``.
         attention: "fused" (cuDNN's), "flash" (flash-attention's, which copies to batch-first and back) or "unfused".
         generation: of the GPU; decides the workspaces.
+        keeps_dummy_gradients: what autograd is given for a weight whose gradient went elsewhere is made once for all
+            weights of a shape; before, for every weight anew.
     """
 
     loss: Loss = "ours"
     attention: Backend = "fused"
     generation: Generation = "hopper"
+    keeps_dummy_gradients: bool = True
 
 
 KERNELS: ContextVar[Kernels] = ContextVar("KERNELS")
@@ -138,8 +141,7 @@ def torch_workspace(like: Tensor) -> None:
 def accumulate_weight_gradient(grads: Tensor, rows: Tensor, weight: Tensor, *, accumulate: bool) -> Tensor | None:
     """Gradient of weight [O, I] from grads [T, O] and rows [T, I], or what autograd is given in its place.
 
-    Where it is added to ``main_grad``, autograd is given one tensor of the weight's shape that is kept for all weights
-    of that shape and never read (``module/base.py``, ``get_dummy_wgrad``).
+    The product itself adds to ``main_grad`` where it accumulates; no gradient is made then.
     """
     flops = 2 * rows.numel() * weight.shape[0]
     if not accumulate:
@@ -148,4 +150,16 @@ def accumulate_weight_gradient(grads: Tensor, rows: Tensor, weight: Tensor, *, a
         return made
     kernel("gemm", [grads, rows], [weight.main_grad], flops)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return persistent((tuple(weight.shape), weight.dtype), weight.shape, weight).detach()
+    return dummy_gradient(list(weight.shape), weight.dtype)
+
+
+def dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+    """What autograd is given where a gradient was added to ``main_grad``: a tensor that nobody reads.
+
+    One for all weights of a shape (``get_dummy_wgrad`` of ``pytorch/module/base.py``, since v2.3, and core's output
+    layer), or made anew.
+    """
+    like = torch.empty(0, dtype=dtype)
+    if not KERNELS.get().keeps_dummy_gradients:
+        return like.new_empty(shape)
+    return persistent((tuple(shape), dtype), shape, like).detach()

@@ -1,7 +1,7 @@
 """Fused rotary positions, and the split in front of them, in the dry world.
 
-Read from NVIDIA/TransformerEngine v2.11, ``pytorch/attention/rope.py`` and ``pytorch/utils.py`` (``SplitAlongDim``), and
-from megatron-core 0.16.1, ``fusions/fused_mla_yarn_rope_apply.py``, whose kernels are Triton's.
+Read from NVIDIA/TransformerEngine v2.11, ``pytorch/attention/rope.py`` and ``pytorch/utils.py`` (``SplitAlongDim``),
+and from megatron-core 0.16.1, ``fusions/fused_mla_yarn_rope_apply.py``, whose kernels are Triton's.
 
 Shapes: S sequence, B batch, N heads, D head dim, R rotated channels.
 """

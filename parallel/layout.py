@@ -256,6 +256,17 @@ def split_layers(
     return split
 
 
+def layer_split(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """:func:`split_layers` of a configured pipeline."""
+    return split_layers(
+        num_layers,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
+        loss_counts=parallel.account_for_loss_in_pipeline_split,
+    )
+
+
 def chunk_layers(split: Sequence[Sequence[int]], pp_rank: int, chunk: int = 0) -> range:
     """Global indices, from 0, of the layers in one chunk, as core's ``get_transformer_layer_offset`` numbers them.
 

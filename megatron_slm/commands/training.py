@@ -240,17 +240,11 @@ def _train_rank(resolved: Resolved, environment: RankEnvironment, own: argparse.
 def _summary(resolved: Resolved) -> str:
     """How an accepted job would be divided."""
     from megatron_slm.model.counts import flops_per_token, parameters_text
-    from megatron_slm.parallel.layout import Layout, split_layers
+    from megatron_slm.parallel.layout import Layout, layer_split
 
     config, parallel, train = resolved.config, resolved.config.parallel, resolved.config.train
     layout = Layout.from_config(parallel, parallel.world_size or parallel.smallest_world_size)
-    split = split_layers(
-        config.model.num_layers,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-        loss_counts=parallel.account_for_loss_in_pipeline_split,
-    )
+    split = layer_split(config.model.num_layers, parallel)
     degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
     microbatches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
     step = f"{microbatches}, each of {train.micro_batch_size} x {config.model.seq_length} tokens"

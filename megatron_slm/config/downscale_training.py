@@ -13,7 +13,7 @@ from megatron_slm.config.downscale_axes import HELD, Degrees
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.config import DataConfig
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.layout import split_layers
+from megatron_slm.parallel.layout import layer_split
 from megatron_slm.train.batch_size import rampup
 from megatron_slm.train.config import CheckpointConfig, LogConfig, ScheduleConfig, TrainConfig
 
@@ -153,13 +153,10 @@ def _chunk_sizes(config: RunConfig, job: Degrees) -> set[int]:
     if job.pp == 1:
         return {config.model.num_layers}
     parallel = config.parallel
-    split = split_layers(
-        config.model.num_layers,
-        job.pp,
-        job.vpp,
-        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-        loss_counts=parallel.account_for_loss_in_pipeline_split,
+    small = dataclasses.replace(
+        parallel, pipeline_model_parallel_size=job.pp, virtual_pipeline_model_parallel_size=job.vpp
     )
+    split = layer_split(config.model.num_layers, small)
     return {size for stage in split for size in stage if size}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_slm.config.facts import Facts, nearest_divisors
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.layout import nearest_multiples, split_layers
+from megatron_slm.parallel.layout import layer_split, nearest_multiples
 
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -91,13 +91,7 @@ def pipeline(facts: Facts) -> Iterator[str]:
     flags = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
     keys += [f"parallel.{flag}" for flag in flags if getattr(parallel, flag)]
     try:
-        split_layers(
-            facts.config.model.num_layers,
-            parallel.pipeline_model_parallel_size,
-            parallel.virtual_pipeline_model_parallel_size,
-            embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-            loss_counts=parallel.account_for_loss_in_pipeline_split,
-        )
+        layer_split(facts.config.model.num_layers, parallel)
     except ConfigError as error:
         yield f"{facts.cite('model.num_layers', *keys)}: {error}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_slm.config.facts import Facts
 from megatron_slm.errors import ConfigError
-from megatron_slm.parallel.layout import split_layers
+from megatron_slm.parallel.layout import layer_split
 
 _RECOMPUTABLE = ("core_attn", "mlp", "mla_up_proj", "moe", "shared_experts")
 _ELSEWHERE_RECOMPUTABLE = {
@@ -96,13 +96,7 @@ def recompute_bounds(facts: Facts) -> Iterator[str]:
     if train.recompute_granularity != "full" or unit is None or train.recompute_method is None:
         return
     try:
-        split = split_layers(
-            facts.config.model.num_layers,
-            parallel.pipeline_model_parallel_size,
-            parallel.virtual_pipeline_model_parallel_size,
-            embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-            loss_counts=parallel.account_for_loss_in_pipeline_split,
-        )
+        split = layer_split(facts.config.model.num_layers, parallel)
     except ConfigError:
         return  # the rule on the pipeline speaks already
     sizes = sorted({layers for stage in split for layers in stage if layers})

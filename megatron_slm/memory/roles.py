@@ -14,7 +14,7 @@ from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.replay import replay
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
-from megatron_slm.parallel.layout import split_layers
+from megatron_slm.parallel.layout import chunk_layers, layer_split
 
 Tracer = Callable[[int], RankTrace]
 """The trace of a rank of the world."""
@@ -39,7 +39,7 @@ def roles(config: RunConfig, world_size: int) -> list[Role]:
     """One role for each pipeline stage; stages of the same layers in the same places are alike."""
     parallel = config.parallel
     stages = parallel.pipeline_model_parallel_size
-    held = chunk_layers(config)
+    held = held_layers(config)
     first: dict[object, int] = {}
     found = []
     for stage in range(stages):
@@ -49,23 +49,10 @@ def roles(config: RunConfig, world_size: int) -> list[Role]:
     return found
 
 
-def chunk_layers(config: RunConfig) -> list[list[range]]:
+def held_layers(config: RunConfig) -> list[list[range]]:
     """``[pipeline stage][chunk]`` -> its layers, counted from 0."""
-    parallel = config.parallel
-    split = split_layers(
-        config.model.num_layers,
-        parallel.pipeline_model_parallel_size,
-        parallel.vpp_size,
-        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-        loss_counts=parallel.account_for_loss_in_pipeline_split,
-    )
-    found: list[list[range]] = [[] for _ in split]
-    start = 0
-    for chunk in range(parallel.vpp_size):
-        for stage, sizes in enumerate(split):
-            found[stage].append(range(start, start + sizes[chunk]))
-            start += sizes[chunk]
-    return found
+    split = layer_split(config.model.num_layers, config.parallel)
+    return [[chunk_layers(split, stage, chunk) for chunk in range(len(split[stage]))] for stage in range(len(split))]
 
 
 def ledgers(

@@ -23,8 +23,7 @@ import torch
 from megatron_slm.config import flags, rules
 from megatron_slm.config.load import Resolved, load
 from megatron_slm.errors import CheckpointError, ConfigError
-from megatron_slm.parallel.config import ParallelConfig
-from megatron_slm.parallel.layout import Layout, split_layers
+from megatron_slm.parallel.layout import Layout, layer_split
 from megatron_slm.parallel.partition import Partition, Piece
 from megatron_slm.train import manifest, publish, recovery
 from megatron_slm.train.global_hash import combined, differing, tensor_hashes
@@ -112,17 +111,11 @@ def _target(source: Path, output: Path, overrides: Sequence[str]) -> tuple[Resol
     asked = load(source / "config.yaml", [*overrides, *places])
     world_size = asked.config.parallel.world_size
     if "parallel.world_size" not in {given.key for given in typed.given}:
-        world_size = _smallest_world(asked.config.parallel)
+        world_size = asked.config.parallel.smallest_world_size
         asked = load(source / "config.yaml", [*overrides, *places, f"parallel.world_size={world_size}"])
     rules.require(asked.config, world_size, provenance=asked.provenance)
     assert world_size is not None, "it was given, or has been computed"
     return asked, Layout.from_config(asked.config.parallel, world_size)
-
-
-def _smallest_world(parallel: ParallelConfig) -> int:
-    """The fewest ranks that hold the model and its experts."""
-    experts = parallel.expert_tp_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    return math.lcm(parallel.model_parallel_size, experts)
 
 
 def _write_run(source: Path, state: SavedState, config: Resolved, layout: Layout, directory: Path) -> Resharded:
@@ -133,13 +126,7 @@ def _write_run(source: Path, state: SavedState, config: Resolved, layout: Layout
     temporary = publish.begin(run.checkpoints, state.step)
     index = read_index(source)
     parallel, model = config.config.parallel, config.config.model
-    split = split_layers(
-        model.num_layers,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-        loss_counts=parallel.account_for_loss_in_pipeline_split,
-    )
+    split = layer_split(model.num_layers, parallel)
     written = _write_payload(source, index, Partition(layout, split, gated=model.swiglu), temporary)
     proof = _proved(source, index, temporary, written)
     _copy_others(source, temporary)

@@ -18,7 +18,7 @@ device.preload("cpu")
 from megatron_slm.memory import fit, report  # noqa: E402
 from megatron_slm.memory.capacity import GIB, Surroundings  # noqa: E402
 from megatron_slm.memory.ledger import Ledger  # noqa: E402
-from megatron_slm.memory.roles import chunk_layers, communicators, roles  # noqa: E402
+from megatron_slm.memory.roles import communicators, held_layers, roles  # noqa: E402
 from megatron_slm.run_dry import deep_check, job_ledgers  # noqa: E402
 
 SMALL = (
@@ -68,7 +68,7 @@ def test_alike_stages_share_a_trace_and_keep_their_own_layers(pipeline: list[Led
 
 
 def test_interleaved_chunks_hold_the_layers_core_gives_them() -> None:
-    found = chunk_layers(config(*PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"))
+    found = held_layers(config(*PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"))
     assert found == [[range(stage, stage + 1), range(4 + stage, 5 + stage)] for stage in range(4)]
 
 
