@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from megatron_slm.commands import checkpoint, convert, data, memory, training, verify
+from megatron_slm.commands import checkpoint, convert, data, memory, plan, training, verify
 from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb
 from megatron_slm.errors import ConfigError, UserError
 
@@ -23,6 +23,7 @@ VERBS: Mapping[str, Verb] = {
     **convert.VERBS,
     **verify.VERBS,
     **memory.VERBS,
+    **plan.VERBS,
 }
 
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not tokens or tokens[0] in ("-h", "--help"):
         print(_help(VERBS))
         return EXIT_OK if tokens else EXIT_REFUSED
-    if (group := _group(tokens[0])) and tokens[1:] in (["-h"], ["--help"]):
+    # `plan` is a verb of its own beside `plan calibrate`; its help is the verb's.
+    if tokens[0] not in VERBS and (group := _group(tokens[0])) and tokens[1:] in (["-h"], ["--help"]):
         print(_help(group, tokens[0]))
         return EXIT_OK
     if tokens[0] == "--version":

@@ -26,6 +26,7 @@ from megatron.core.transformer import attention, multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from packaging.version import Version
+from torch.nn import functional
 
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel import (
@@ -164,6 +165,7 @@ def declared_kernels(kernels: Kernels | None = None) -> Iterator[None]:
         (multi_latent_attention, "fused_apply_mla_rope_for_q"): declared_rotation.fused_apply_mla_rope_for_q,
         (multi_latent_attention, "fused_apply_mla_rope_for_kv"): declared_rotation.fused_apply_mla_rope_for_kv,
         (clip_grads, "multi_tensor_scale_impl"): declared_fusions.multi_tensor_scale,
+        (functional, "dropout"): declared_fusions.dropout,
         (layers, "fused_weight_gradient_mlp_cuda"): declared_fusions.weight_gradient_extension(),
         (layers, "_grad_accum_fusion_available"): True,
         (layers, "get_dummy_wgrad"): dummy_gradient,

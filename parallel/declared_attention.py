@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_slm.parallel.declared_fusions import dropout
 from megatron_slm.parallel.declared_norm import Module
 from megatron_slm.parallel.declared_ops import KERNELS, kernel
 
@@ -29,11 +30,13 @@ class DotProductAttention(Module):
         cp_group: Any = None,
         cp_comm_type: str = "p2p",
         attn_mask_type: str = "causal",
+        attention_dropout: float = 0.0,
         **ignored: Any,
     ) -> None:
         super().__init__()
         self.cp_group, self.cp_comm_type = cp_group, cp_comm_type
         self.attn_mask_type = attn_mask_type
+        self.dropout = attention_dropout
 
     def forward(
         self,
@@ -50,7 +53,11 @@ class DotProductAttention(Module):
         causal = "causal" in (attn_mask_type or self.attn_mask_type)
         backend = KERNELS.get().attention
         if self.cp_group is None or self.cp_group.size() == 1:
-            out = ONE_RANK[backend](query, key, value, causal)
+            out = (
+                unfused(query, key, value, self.dropout if self.training else 0.0)
+                if backend == "unfused"
+                else ONE_KERNEL[backend](query, key, value, causal)
+            )
         elif self.cp_comm_type == "a2a":
             out = AttentionOverHeads.apply(query, key, value, causal, self.cp_group)
         else:
@@ -109,7 +116,7 @@ def flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return out if query.shape[1] == 1 else out.clone()
 
 
-def unfused(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+def unfused(query: Tensor, key: Tensor, value: Tensor, probability: float) -> Tensor:
     """``UnfusedDotProductAttention``: scores [B, N, S, S] in memory; their softmax is kept."""
     length, batch, heads, _ = query.shape
     if key.shape[2] != heads:
@@ -119,6 +126,7 @@ def unfused(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     scores = query.new_empty(batch * heads, length, key.shape[0])
     scores = torch.baddbmm(scores, rows[0], rows[1].transpose(1, 2), beta=0.0)
     probabilities = Softmax.apply(scores.view(batch, heads, length, -1)).view(scores.shape)
+    probabilities = dropout(probabilities, probability)
     out = torch.bmm(probabilities, rows[2]).view(batch, heads, length, -1)
     return out.permute(2, 0, 1, 3).contiguous()
 
@@ -140,7 +148,7 @@ class Softmax(torch.autograd.Function):
         return grad
 
 
-ONE_RANK = {"fused": Attention.apply, "flash": flash, "unfused": unfused}
+ONE_KERNEL = {"fused": Attention.apply, "flash": flash}
 
 
 class AttentionOverHeads(torch.autograd.Function):

@@ -66,3 +66,28 @@ def weight_gradient_extension() -> types.SimpleNamespace:
 def multi_tensor_scale(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], scale: Any) -> None:
     """Transformer Engine's kernel of that name: the first list of tensors, scaled, into the second."""
     kernel("memory", lists[0], lists[1])
+
+
+class Dropout(torch.autograd.Function):
+    """``native_dropout`` of a GPU: keeps a mask of one byte an element (torch ``ATen/native/cuda/Dropout.cu``)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+        kernel("memory", [x], [out, mask])
+        ctx.save_for_backward(mask)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        grad = torch.empty_like(grad_output)
+        kernel("memory", [grad_output, *ctx.saved_tensors], [grad])
+        return grad
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """``torch.nn.functional.dropout``; a CPU would keep its mask in the precision of the input."""
+    if p == 0.0 or not training:
+        return input
+    out: Tensor = Dropout.apply(input)
+    return out

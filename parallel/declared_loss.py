@@ -8,8 +8,8 @@ Shapes: S sequence, B batch, V_l vocabulary of this tp rank.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,14 +60,23 @@ def use_loss(chunks: Sequence[nn.Module]) -> None:
     """
     loss = KERNELS.get().loss
     for chunk in chunks:
-        layer = getattr(chunk, "output_layer", None)
-        if loss != "ours" and layer is not None:
-            layer.forward = types.MethodType(LOSSES[loss], layer)
+        layer: Any = getattr(chunk, "output_layer", None)
+        if layer is not None:
+            held: list[Tensor] = []
+            layer.forward = partial(_ours if loss == "ours" else LOSSES[loss], layer, held)
+            # As local variables of core's ``GPTModel._postprocess``, all logits live until it returns.
+            chunk.register_forward_hook(lambda *_, held=held: held.clear())
+
+
+def _ours(layer: Any, held: list[Tensor], hidden: Tensor, *rest: Any, **options: Any) -> Any:
+    torch_workspace(hidden)
+    return type(layer).forward(layer, hidden, *rest, **options)
 
 
 def _ending(function: Any) -> Any:
     def forward(
         layer: Any,
+        held: list[Tensor],
         hidden: Tensor,
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
@@ -80,9 +89,9 @@ def _ending(function: Any) -> Any:
         logits, bias = ColumnParallelLinear.forward(layer, hidden, weight, runtime_gather_output)
         if labels is None or loss_mask is None:
             return logits, bias
+        held.append(logits)
         # As core's ``compute_language_model_loss`` and Megatron's ``loss_func``: [B, S] -> [S, B] and back.
         losses = function(logits, labels.transpose(0, 1).contiguous(), layer.tp_group).transpose(0, 1).contiguous()
-        del logits
         total = (losses.view(-1).float() * loss_mask.view(-1)).sum()
         return torch.stack([total, total.detach(), total.detach()])
 

@@ -51,6 +51,7 @@ class Kernels:
         loss: our loss or the cross-entropy of a published Megatron run; see ``declared_loss.use_loss``.
         attention: "fused" (cuDNN's), "flash" (flash-attention's, which copies to batch-first and back) or "unfused".
         generation: of the GPU; decides the workspaces.
+        deterministic: cuBLAS is given the workspaces that make it so (CUBLAS_WORKSPACE_CONFIG=:4096:8).
         keeps_dummy_gradients: what autograd is given for a weight whose gradient went elsewhere is made once for all
             weights of a shape; before, for every weight anew.
     """
@@ -58,6 +59,7 @@ class Kernels:
     loss: Loss = "ours"
     attention: Backend = "fused"
     generation: Generation = "hopper"
+    deterministic: bool = False
     keeps_dummy_gradients: bool = True
 
 
@@ -133,7 +135,8 @@ def workspace(like: Tensor, *, grouped: bool = False) -> None:
 
 def torch_workspace(like: Tensor) -> None:
     """cuBLAS's for torch's own products, such as that of the output layer."""
-    size = TORCH_WORKSPACE_BYTES[KERNELS.get().generation]
+    kernels = KERNELS.get()
+    size = 32 * MIB if kernels.deterministic else TORCH_WORKSPACE_BYTES[kernels.generation]
     for thread in range(TORCH_THREADS):
         persistent(("cuBLAS workspace of torch", thread), [size], like, torch.uint8)
 

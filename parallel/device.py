@@ -368,3 +368,23 @@ def _rename_types(function: Any) -> None:
     function = getattr(function, "__func__", function)
     code = function.__code__
     function.__code__ = code.replace(co_consts=tuple(rename(constant) for constant in code.co_consts))
+
+
+@contextlib.contextmanager
+def storage_resizes(tell: Callable[[Any], None]) -> Iterator[None]:
+    """``tell`` hears of every storage that is given another size; torch dispatches nothing then."""
+    import torch
+
+    storages: Any = torch.UntypedStorage
+    resize = storages.resize_
+
+    def told(storage: Any, size: int) -> Any:
+        resized = resize(storage, size)
+        tell(storage)
+        return resized
+
+    storages.resize_ = told
+    try:
+        yield
+    finally:
+        storages.resize_ = resize

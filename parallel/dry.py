@@ -61,8 +61,13 @@ DRY_SUBSTITUTIONS = (
     ),
     Substitution(
         "Router._within_capacity",
-        "drops tokens by their weights, which have no values",
-        "drops them by their positions",
+        "drops tokens by their weights, which have no values, among those of all ranks",
+        "every rank keeps the first of its own tokens, as many as any other rank",
+    ),
+    Substitution(
+        "torch.UntypedStorage.copy_",
+        "copies values back into what was recomputed; of fake storages it keeps both alive",
+        "nothing",
     ),
 )
 
@@ -137,7 +142,8 @@ def _substituted() -> Iterator[None]:
             (clip_grads, "l2_norm_impl", _norm_of_norms),
             (moe_utils, "topk_routing_with_score_function", _evenly(choose)),
             (mappings, "_gather_along_first_dim", _counts_alike(mappings._gather_along_first_dim)),
-            (Router, "_within_capacity", lambda router, probs, *rest: within(router, rest[0].float(), *rest)),
+            (Router, "_within_capacity", _within_share(within)),
+            (torch.UntypedStorage, "copy_", lambda storage, source, non_blocking=None: storage),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, becomes)
@@ -182,6 +188,20 @@ def even_choice(tokens: int, experts: int, topk: int) -> Tensor:
         first = torch.arange(tokens)[:, None] * topk
         chosen = (first + torch.arange(topk)) % experts
         return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def _within_share(within: Any) -> Any:
+    """``Router._within_capacity`` where every rank has the same room for each expert."""
+
+    def kept(router: Router, probs: Tensor, chosen: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        within(router, chosen.float(), chosen, shape)  # for what it allocates and exchanges
+        ranks = router.tp_group.size() * router.cp_group.size()
+        tokens, factor = len(chosen) * ranks * router.topk, router.config.moe_expert_capacity_factor
+        room = -(-moe_utils.get_capacity(tokens, shape[-1], factor) // ranks)
+        with unset_fake_temporarily():
+            return chosen & (chosen.cumsum(dim=0) <= room)
+
+    return kept
 
 
 def _replace_parameters(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:

@@ -10,24 +10,41 @@ from typing import NamedTuple
 from megatron_slm.memory.exchange import held
 from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.schedule import BACKWARD, FORWARD, Turn, turns
-from megatron_slm.memory.trace import Block, Phase
 
 
 class Course(NamedTuple):
-    """What a phase does to the bytes alive: at its end, at its worst, and after which event that is."""
+    """What a phase does to the bytes alive.
+
+    Attributes:
+        net: from its begin to its end, without persistent blocks and what it leaves to the schedule.
+        peak: the most while it lasts, above those at its begin.
+        until_worst: its events until then.
+        lasting: those of ``net``.
+        present: persistent blocks that are there at its end.
+    """
 
     net: int
     peak: int
-    position: int
+    until_worst: list[int]
+    lasting: list[int]
+    present: frozenset[int]
 
 
 class Moment(NamedTuple):
-    """One turn: bytes alive when it begins, the most while it lasts, and tensors that the schedule holds meanwhile."""
+    """One turn of a step.
+
+    Attributes:
+        start_bytes: alive when it begins.
+        peak_bytes: the most while it lasts.
+        exchanged: tensors between pipeline ranks that the schedule holds meanwhile.
+        present: persistent blocks that are there when it begins.
+    """
 
     turn: Turn
     start_bytes: int
     peak_bytes: int
     exchanged: int = 0
+    present: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,29 +75,71 @@ def replay(trace: RankTrace, micro_batches: int | None = None) -> Timeline:
         micro_batches: of the step; default the traced configuration's.
     """
     number = micro_batches or trace.micro_batches
-    courses = {key: course(phase, trace.blocks) for key, phase in trace.phases.items()}
+    sizes = [block.size for block in trace.blocks]
     static = sum(part.size for part in trace.static)
-    alive = static + sum(trace.blocks[block].size for block in trace.persistent)
-    alive += number * sum(trace.blocks[block].size for block in trace.batch)
-    exchanged = trace.blocks[trace.exchanged].size if trace.exchanged is not None else 0
+    alive = static + number * sum(sizes[block] for block in trace.batch)
+    exchanged = sizes[trace.exchanged] if trace.exchanged is not None else 0
     place = (trace.pipeline_rank, trace.stages, trace.chunks, number)
-    moments = []
-    for turn, count in zip(turns(*place), held(*place, frees_outputs=trace.frees_outputs), strict=True):
-        taken = courses[turn.name, turn.chunk]
-        start = alive + count * exchanged
-        moments.append(Moment(turn, start, start + taken.peak, count))
+    present, courses, moments = frozenset(trace.persistent), _Courses(trace), []
+    for turn, count in zip(turns(*place), held(*place, trace.habits), strict=True):
+        taken = courses.of(turn, present)
+        start = alive + count * exchanged + sum(sizes[block] for block in present)
+        moments.append(Moment(turn, start, start + taken.peak, count, present))
         alive += taken.net
+        present = taken.present
     worst = max(range(len(moments)), key=lambda index: moments[index].peak_bytes)
     return Timeline(moments, static, worst, number)
 
 
-def course(phase: Phase, blocks: list[Block]) -> Course:
-    """The bytes of a phase's events, added up; what it leaves to the schedule counts until its end."""
-    sizes = [blocks[event].size if event >= 0 else -blocks[~event].size for event in phase.events]
+class _Courses:
+    """What each phase does, by what a micro-batch finds there."""
+
+    def __init__(self, trace: RankTrace) -> None:
+        self._trace = trace
+        self._known: dict[tuple[str, int, frozenset[int]], Course] = {}
+
+    def of(self, turn: Turn, present: frozenset[int]) -> Course:
+        """The course of one turn."""
+        key = (turn.name, turn.chunk, present)
+        if key not in self._known:
+            self._known[key] = course(self._trace, turn, present)
+        return self._known[key]
+
+
+def course(trace: RankTrace, turn: Turn, present: frozenset[int]) -> Course:
+    """The bytes of a phase's events, added up.
+
+    Args:
+        present: those of the persistent blocks that are there when it begins.
+    """
+    phase = trace.phases[turn.name, turn.chunk]
+    events, present = effective(phase.events, frozenset(trace.persistent), present)
+    sizes = [trace.blocks[event].size if event >= 0 else -trace.blocks[~event].size for event in events]
     running = list(itertools.accumulate(sizes, initial=0))
     position = max(range(len(running)), key=running.__getitem__)
-    left = blocks[phase.output].size if phase.output is not None else 0
-    return Course(running[-1] - left, running[position], position)
+    lasting = [event for event in events if event != phase.output]
+    lasting = [event for event in lasting if (event if event >= 0 else ~event) not in trace.persistent]
+    net = sum(trace.blocks[event].size if event >= 0 else -trace.blocks[~event].size for event in lasting)
+    return Course(net, running[position], events[:position], lasting, present)
+
+
+def effective(
+    events: list[int], persistent: frozenset[int], present: frozenset[int]
+) -> tuple[list[int], frozenset[int]]:
+    """The events of a pass that finds ``present``, and which persistent blocks are there afterwards.
+
+    A persistent block is a place that passes fill and empty. One that fills it replaces what is there, if anything; of
+    two in a row that empty it, the second one finds nothing.
+    """
+    filled = persistent.intersection(events)
+    emptied = {~event for event in events if event < 0} & persistent
+    found = []
+    for event in events:
+        if event >= 0 or ~event not in persistent or ~event in present:
+            found.append(event)
+        if event in filled and event in present - emptied:
+            found.append(~event)
+    return found, (present - emptied) | filled
 
 
 def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
@@ -88,14 +147,13 @@ def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:
 
     The blocks that a forward pass leaves exist once for every micro-batch whose backward pass has not been.
     """
-    count = Counter(trace.persistent)
-    count.update(dict.fromkeys(trace.batch, timeline.micro_batches))
+    courses = _Courses(trace)
+    count = Counter(dict.fromkeys(trace.batch, timeline.micro_batches))
     for moment in timeline.moments[: timeline.worst]:
-        phase = trace.phases[moment.turn.name, moment.turn.chunk]
-        _apply(count, [event for event in phase.events if event != phase.output])
+        _apply(count, courses.of(moment.turn, moment.present).lasting)
     worst = timeline.moments[timeline.worst]
-    phase = trace.phases[worst.turn.name, worst.turn.chunk]
-    _apply(count, phase.events[: course(phase, trace.blocks).position])
+    count.update(worst.present)
+    _apply(count, courses.of(worst.turn, worst.present).until_worst)
     if trace.exchanged is not None:
         count[trace.exchanged] += worst.exchanged
     return +count

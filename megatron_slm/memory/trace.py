@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from megatron_slm.parallel.device import storage_resizes
+
 NOWHERE = ""
 """Outside of every module: the loss, buffers of the schedule, the optimizer."""
 COMMUNICATION = "communication buffers"
@@ -98,6 +100,7 @@ class Recorder(TorchDispatchMode):
         self.phase = Phase()
         self.names: dict[nn.Module, str] = {}
         self._alive: dict[int, int] = {}
+        self._seen: set[int] = set()
         self._stack: list[str] = []
         self._sequence: list[int] = []
         self._modules: list[str] = []
@@ -109,6 +112,7 @@ class Recorder(TorchDispatchMode):
             (nn.modules.module.register_module_forward_hook, self._left),
         ):
             self._hooks.callback(register(hook).remove)
+        self._hooks.enter_context(storage_resizes(self._resized))
         super().__enter__()
         return self
 
@@ -153,24 +157,37 @@ class Recorder(TorchDispatchMode):
     def _see(self, tensor: Tensor, module: str, op: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive:
+        if key in self._seen:
             return
+        self._seen.add(key)
+        self._begin(storage, module, op)
+        weakref.finalize(storage, self._release, key)
+
+    def _begin(self, storage: torch.UntypedStorage, module: str, op: str) -> None:
         number = len(self.blocks)
         recomputed = bool(self._stack) and torch._C._current_autograd_node() is not None
         self.blocks.append(Block(storage.nbytes(), module, op, recomputed))
-        self._alive[key] = number
+        self._alive[storage._cdata] = number
         self.phase.events.append(number)
-        weakref.finalize(storage, self._release, key, number)
 
     def _received(self, buffers: Any) -> None:
         for tensor in tree_leaves(buffers):
             if isinstance(tensor, Tensor) and (number := self.number(tensor)) is not None:
                 self.blocks[number].received = True
 
-    def _release(self, key: int, number: int) -> None:
-        if self._alive.get(key) == number:
-            del self._alive[key]
-        self.phase.events.append(~number)
+    def _release(self, key: int) -> None:
+        self._seen.discard(key)
+        if (number := self._alive.pop(key, None)) is not None:
+            self.phase.events.append(~number)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """Its bytes were given back, or taken again by what was recomputed."""
+        key = storage._cdata
+        if key in self._seen:
+            if (number := self._alive.pop(key, None)) is not None:
+                self.phase.events.append(~number)
+            if storage.nbytes():
+                self._begin(storage, self.module(), "resize_")
 
     def _entered(self, module: nn.Module, inputs: Any) -> None:
         name = self.names.get(module)

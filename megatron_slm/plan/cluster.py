@@ -6,6 +6,7 @@ What part of them a program reaches is said by :class:`megatron_slm.plan.rates.R
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Cluster:
             value = getattr(self, field.name)
             if not isinstance(value, int | float):
                 continue
-            if isinstance(value, bool) or value <= 0:
+            if isinstance(value, bool) or not 0 < value < math.inf:  # nan is refused too
                 raise ConfigError(f"cluster {self.name}: {field.name} = {value}, but it must be a number above 0.")
 
     @property
@@ -98,7 +99,7 @@ CLUSTERS: Mapping[str, Cluster] = MappingProxyType(
             _preset("a100-40gb", "ampere", f"llm-analysis; {_A100}; {_OOM}", memory_gb_per_second=1555, **_AMPERE),
             _preset("a100-80gb", "ampere", f"llm-analysis; {_A100}; {_OOM}", memory_gb_per_second=2039, **_AMPERE),
             _preset("h100-80gb", "hopper", f"llm-analysis; {_DGXC}; {_OOM}", memory_gb_per_second=3350, **_HOPPER),
-            _preset("h200", "hopper", f"MLPerf Inference v4.1, NVIDIA H200; {_OOM}", memory_gb_per_second=4800, **_HOPPER),
+            _preset("h200", "hopper", f"MLPerf Inference v4.1; {_OOM}", memory_gb_per_second=4800, **_HOPPER),
             _preset("b200", "blackwell", f"{_DGXC}; {_OOM}", network_gb_per_second=50, **_B200),
             _preset(
                 "gb200",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.plan.cluster import Cluster
-from megatron_slm.plan.links import Span, Volume, next_stage_crosses, span, volume
+from megatron_slm.plan.links import Span, Volume, next_stage_crosses, ring_steps, span, volume
 from megatron_slm.plan.ops import Attention, Exchange, Gemm, Op, Streaming
 from megatron_slm.plan.rates import Rates
 
@@ -41,7 +41,7 @@ class Costs:
     rank: int = 0
 
     def of(self, ops: Iterable[Op]) -> Spent:
-        """All of them, one after another but for exchanges that run beside a kernel; no faster than the CPU starts them."""
+        """All of them, one after another but for exchanges beside a kernel; no faster than the CPU starts them."""
         total, exposed, started, sent = 0.0, 0.0, 0, Volume()
         for op in ops:
             started += 1
@@ -91,7 +91,7 @@ class Costs:
         if group.size == 1:
             return 0.0
         sent = volume(collective, message_bytes, group)
-        steps = {"all_reduce": 2 * (group.size - 1), "send": 1}.get(collective, group.size - 1)
+        steps = ring_steps(collective, group.size)
         latency = self.rates.network_latency_seconds if group.crosses else self.rates.nvlink_latency_seconds
         return steps * latency + max(sent.inside / self._bandwidth(False), sent.between / self._bandwidth(True))
 

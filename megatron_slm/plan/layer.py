@@ -14,9 +14,8 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.plan.ops import ELEMENT, MAIN_GRADIENT, Attention, Exchange, Gemm, Op, Pass, Streaming
 
-
 UNFUSED_NORM = 7
-"""Bytes of a norm made of element-wise kernels, by those of one kernel: cast to fp32, square, mean, scale, cast back."""
+"""Bytes of a norm made of element-wise kernels, by those of one kernel: cast, square, mean, scale, cast back."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Shape:
 
 
 class Linear(NamedTuple):
-    """A linear layer's products: forward, gradient of the input, gradient of the weight, and what adds the last one up."""
+    """A linear layer: its product, the gradients of input and weight, and what adds up the latter."""
 
     product: Gemm
     dgrad: Gemm
@@ -299,6 +298,13 @@ def _latent_inputs(model: ModelConfig, shape: Shape, kernels: Kernels) -> Pass:
     latent = model.kv_lora_rank + model.qk_pos_emb_head_dim
     result = result + replicated("kv down", shape.own_tokens, latent, width, kernels)
     result = result + column_parallel("kv up", up, model.kv_lora_rank, shape, kernels)
+    if shape.sequence_parallel and shape.tp > 1:
+        # The rotary part of the keys is one head that every rank needs for all tokens.
+        positions = float(ELEMENT * shape.tokens * model.qk_pos_emb_head_dim)
+        gather, scatter = (
+            (Exchange("rotary keys", collective, "tp", positions),) for collective in ("all_gather", "reduce_scatter")
+        )
+        result = result + Pass(gather, scatter)
     moved = ELEMENT * shape.tokens * (2 * queries + up) / shape.tp
     return result + streaming("rope", 2 * moved, 2 * moved)
 

@@ -1,6 +1,6 @@
 """Which links a group's bytes cross: inside a node or between nodes, from the map of ranks to nodes. No torch.
 
-Ranks fill nodes in order, as every launcher numbers them, and a layout's axes are in core's order (``parallel.layout``).
+Ranks fill nodes in order, as every launcher numbers them; a layout's axes are in core's order (``parallel.layout``).
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def next_stage_crosses(layout: Layout, rank: int, gpus_per_node: int) -> bool:
     stages = layout.pipeline_model_parallel_size
     following = (rank + layout.world_size // stages) % layout.world_size
     return following // gpus_per_node != rank // gpus_per_node
+
+
+def ring_steps(collective: str, size: int) -> int:
+    """Messages that follow one another in a collective of ``size`` ranks."""
+    return {"all_reduce": 2 * (size - 1), "send": 1}.get(collective, size - 1)
 
 
 def volume(collective: str, message_bytes: float, group: Span) -> Volume:

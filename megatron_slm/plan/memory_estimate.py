@@ -23,7 +23,7 @@ LOGIT_BYTES = 10
 """Of one logit at the worst moment: half precision, fp32 for the loss, its gradient."""
 
 ERROR = 0.05
-"""Of the allocated bytes, either way: the worst of the ranks that SimuMax measured on B200 (docs/planner-accuracy.md)."""
+"""Of the allocated bytes, either way."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _recomputed_bytes(config: RunConfig) -> float:
 
 
 def _transient_bytes(config: RunConfig, *, last: bool) -> float:
-    """The widest backward temporaries: a weight gradient of the MLP's first layer and its input's; logits at the end."""
+    """The widest backward temporaries: weight and input gradients of the MLP's first layer; logits at the end."""
     model, shape = config.model, Shape.of(config)
     gates = 2 if model.swiglu else 1
     moe = model.is_moe_layer(model.num_layers - 1)

@@ -6,19 +6,19 @@ The step is the schedule of the pipeline (``plan.timeline``) over chunks whose s
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.model.counts import flops_per_token
 from megatron_slm.parallel.layout import Layout
+from megatron_slm.plan import timeline
 from megatron_slm.plan.cluster import Cluster
 from megatron_slm.plan.cost import TERA, Costs, Spent
 from megatron_slm.plan.layer import Kernels, Shape, embedding_pass, head_pass, layer_pass, prediction_pass
 from megatron_slm.plan.ops import ELEMENT, Pass
 from megatron_slm.plan.rates import Rates
-from megatron_slm.plan.timeline import Chunk, Played, play
+from megatron_slm.plan.timeline import Chunk, Played
 from megatron_slm.plan.weights import Weights, chunk_split, stage_weights
 
 SMALLEST_BUCKET = 40_000_000
@@ -68,6 +68,11 @@ class Question:
         return Costs(self.cluster, self.rates, layout, rank)
 
 
+def least_seconds(question: Question) -> float:
+    """A step takes no less: the schedule's own bound, and the update. Much quicker than :func:`predict`."""
+    return timeline.least_seconds(_chunks(chunk_spent(question)), micro_batches(question))
+
+
 def predict(question: Question) -> Prediction:
     """Seconds of a step and where they go.
 
@@ -77,41 +82,39 @@ def predict(question: Question) -> Prediction:
     config = question.config
     if config.model.vocab_size is None:
         raise ConfigError("model.vocab_size is not set, and the output layer's cost depends on it. Set it.")
-    layout = question.layout
-    micro_batches = layout.num_microbatches(config.train.global_batch_size, config.train.micro_batch_size)
     spent = chunk_spent(question)
-    chunks = [[Chunk(forward.seconds, backward.seconds) for forward, backward in stage] for stage in spent]
-    sends = [question.costs(stage).send_seconds(send_bytes(question)) for stage in range(len(chunks))]
-    if len(chunks) == 1:
-        sends = [0.0]
-    if question.kernels.scatters_sends and not config.parallel.sequence_parallel:
-        sends = [seconds + _scattered(question, stage) for stage, seconds in enumerate(sends)] if len(chunks) > 1 else sends
+    chunks, sends = _chunks(spent), _send_seconds(question)
     hidden = config.parallel.vpp_size > 1 and question.kernels.hides_interleaved_sends
-    played = play(chunks, micro_batches, sends, sends_hidden=hidden)
+    played = timeline.play(chunks, micro_batches(question), sends, sends_hidden=hidden)
     weights = stage_weights(config)
-    reduced = max(_reduced(question, weights[stage], played, stage) for stage in range(len(weights)))
-    reduced += _tied_seconds(question)
+    stages = range(len(weights))
+    reduced = max(_reduced(question, weights[stage], played, stage) for stage in stages) + _tied_seconds(question)
     update = max(_update_seconds(question, stage) for stage in weights)
-    gather = max(_gather_seconds(question, weights[stage], chunks[stage]) for stage in range(len(weights)))
+    gather = max(_gather_seconds(question, weights[stage], chunks[stage]) for stage in stages)
     step = reduced + update + gather
-    busiest = max(range(len(chunks)), key=lambda stage: played.busy[stage])
-    exposed = micro_batches * sum(
-        forward.exposed_seconds + backward.exposed_seconds for forward, backward in spent[busiest]
-    )
+    busiest = max(stages, key=lambda stage: played.busy[stage])
+    waited = sum(forward.exposed_seconds + backward.exposed_seconds for forward, backward in spent[busiest])
     if not hidden and len(chunks) > 1:
-        exposed += 2 * micro_batches * len(chunks[busiest]) * sends[busiest]
+        waited += 2 * len(chunks[busiest]) * sends[busiest]
     tokens = config.train.global_batch_size * config.model.seq_length
     model_flops = tokens * flops_per_token(config.model, config.model.vocab_size)
+    gpus = question.layout.world_size
     return Prediction(
         step_seconds=step,
-        tokens_per_second_per_gpu=tokens / step / layout.world_size,
-        mfu=model_flops / step / layout.world_size / (question.cluster.bf16_tflops * TERA),
+        tokens_per_second_per_gpu=tokens / step / gpus,
+        mfu=model_flops / step / gpus / (question.cluster.bf16_tflops * TERA),
         bubble_share=played.bubble_share,
-        exposed_seconds=exposed + reduced - played.seconds + gather,
+        exposed_seconds=micro_batches(question) * waited + reduced - played.seconds + gather,
         reduction_seconds=reduced - played.seconds,
         update_seconds=update,
         gather_seconds=gather,
     )
+
+
+def micro_batches(question: Question) -> int:
+    """Of one replica in one step."""
+    train = question.config.train
+    return question.layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
 
 
 def chunk_passes(question: Question) -> list[list[list[tuple[Pass, int]]]]:
@@ -140,7 +143,7 @@ def chunk_spent(question: Question) -> list[list[tuple[Spent, Spent]]]:
     """``[stage][chunk]`` -> what a forward and a backward pass of one micro-batch costs."""
     known: dict[int, tuple[Spent, Spent]] = {}
     costs = question.costs(0)  # the groups of every stage lie alike
-    found = []
+    found: list[list[tuple[Spent, Spent]]] = []
     for stage in chunk_passes(question):
         found.append([])
         for chunk in stage:
@@ -162,20 +165,29 @@ def send_bytes(question: Question) -> float:
     return float(ELEMENT * tokens * question.config.model.hidden_size)
 
 
-def _scattered(question: Question, stage: int) -> float:
-    """Gathering over tp what a stage has been sent in shares."""
-    costs = question.costs(stage)
-    full = send_bytes(question) * question.config.parallel.tensor_model_parallel_size
-    return costs.exchange_seconds("all_gather", full, costs.span("tp"))
+def _chunks(spent: list[list[tuple[Spent, Spent]]]) -> list[list[Chunk]]:
+    return [[Chunk(forward.seconds, backward.seconds) for forward, backward in stage] for stage in spent]
+
+
+def _send_seconds(question: Question) -> list[float]:
+    """``[stage]`` -> of a message to the next one; shares of it are gathered over tp where it has arrived."""
+    shape, size = Shape.of(question.config), send_bytes(question)
+    found = []
+    for stage in range(question.config.parallel.pipeline_model_parallel_size):
+        costs = question.costs(stage)
+        found.append(costs.send_seconds(size))
+        if question.kernels.scatters_sends and not shape.sequence_parallel:
+            found[-1] += costs.exchange_seconds("all_gather", size * shape.tp, costs.span("tp"))
+    return found
 
 
 def _reduced(question: Question, chunks: list[Weights], played: Played, stage: int) -> float:
     """When this stage's gradients are reduced, in seconds of the schedule."""
     parallel, backward = question.config.parallel, played.last_backward[stage]
     last = max(end for _, end in backward)
-    free = 0.0
+    free, collective = 0.0, "reduce_scatter" if parallel.use_distributed_optimizer else "all_reduce"
     for chunk in sorted(range(len(chunks)), key=lambda index: backward[index][1]):
-        seconds = _exchange(question, chunks[chunk], "reduce_scatter" if parallel.use_distributed_optimizer else "all_reduce")
+        seconds = _exchange(question, chunks[chunk], collective, question.kernels.gradient_bytes)
         start, end = backward[chunk]
         if not parallel.overlap_grad_reduce:
             start = end = last
@@ -194,9 +206,9 @@ def _bucket(question: Question) -> int:
     )
 
 
-def _exchange(question: Question, weights: Weights, collective: str, element: int | None = None) -> float:
+def _exchange(question: Question, weights: Weights, collective: str, size: int) -> float:
     """Seconds of one exchange of a chunk's gradients or parameters with the other replicas."""
-    costs, size = question.costs(0), element or question.kernels.gradient_bytes
+    costs = question.costs(0)
     dense = costs.exchange_seconds(collective, float(size * weights.dense), costs.span("dp-cp"))
     if not weights.expert:
         return dense
@@ -215,7 +227,7 @@ def _update_seconds(question: Question, chunks: list[Weights]) -> float:
 
 
 def _gather_seconds(question: Question, weights: list[Weights], chunks: list[Chunk]) -> float:
-    """Of bringing every replica the updated parameters; overlapped, only what the first forward pass is too short for."""
+    """Of bringing every replica the new parameters; overlapped, what the first forward pass is too short for."""
     parallel = question.config.parallel
     if not parallel.use_distributed_optimizer:
         return 0.0
@@ -236,8 +248,3 @@ def _tied_seconds(question: Question) -> float:
     size = question.kernels.gradient_bytes * rows * model.hidden_size / parallel.tensor_model_parallel_size
     costs = question.costs(stages - 1)
     return costs.send_seconds(size)  # an all-reduce of two: each sends the whole of it once
-
-
-def with_cluster(question: Question, cluster: Cluster) -> Question:
-    """The same job elsewhere."""
-    return dataclasses.replace(question, cluster=cluster)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from megatron_slm.config import rules_context, rules_experts, rules_latent, rules_layout, rules_training
 from megatron_slm.config.facts import Facts
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.config import rules_context, rules_experts, rules_latent, rules_layout, rules_training
 from megatron_slm.errors import ConfigError
 from megatron_slm.plan.memory_estimate import MemoryOf, MemoryRange
-from megatron_slm.plan.predict import Prediction, Question, predict
+from megatron_slm.plan.predict import Prediction, Question, least_seconds, predict
 
 LARGEST_TP, LARGEST_CP, LARGEST_VPP = 64, 64, 16
 MICRO_BATCHES = (1, 2, 4, 8)
 NONE, FULL, FEED = "none", "full", "selective"
 RECOMPUTE = (NONE, FEED, FULL)
 """Selective is the MLP or the experts of each layer; with fused attention its core has nothing worth recomputing."""
+
+NEAR_MISSES = 10
 
 NEAR = 1.25
 """A layout whose least memory is above this many times the GPU's is no near miss, and is not timed."""
@@ -47,18 +51,25 @@ class Space:
     micro_batch: Sequence[int] = MICRO_BATCHES
     recompute: Sequence[str] = RECOMPUTE
     sequence_parallel: Sequence[bool] = (True, False)
+    counted: Sequence[tuple[bool, bool]] = ((False, False),)
+    """Whether the embedding, and the output layer, count as layers of the pipeline split."""
 
     @classmethod
     def of(cls, config: RunConfig, gpus: int, gpus_per_node: int) -> Space:
         """What may divide this model over these GPUs; tp stays inside a node."""
         model = config.model
         tp = [size for size in _powers(LARGEST_TP) if size <= gpus_per_node and model.num_attention_heads % size == 0]
-        counted = model.num_layers + sum(_counted(config))
-        pp = [size for size in range(1, counted + 1) if counted % size == 0 and gpus % size == 0]
-        vpp = [size for size in range(1, LARGEST_VPP + 1) if counted % size == 0]
+        counted = sorted({_counted(config), (False, False), (False, True), (True, True)}, key=_counted(config).__ne__)
+        chunks = {model.num_layers + sum(pair) for pair in counted}
+        pp = [size for size in range(1, max(chunks) + 1) if gpus % size == 0 and any(n % size == 0 for n in chunks)]
+        vpp = [size for size in range(1, LARGEST_VPP + 1) if any(n % size == 0 for n in chunks)]
+        cp = [size for size in _powers(LARGEST_CP) if gpus % size == 0]
         experts = model.num_moe_experts
-        ep = [size for size in range(1, experts + 1) if experts % size == 0 and gpus % size == 0] if experts else [1]
-        return cls(tp, pp, vpp, [size for size in _powers(LARGEST_CP) if gpus % size == 0], ep, tp if experts else [1])
+        if experts is None:
+            return cls(tp, pp, vpp, cp, [1], [1], counted=counted)
+        ep = [size for size in range(1, experts + 1) if experts % size == 0 and gpus % size == 0]
+        # Core's experts over tp train with sequence parallelism alone.
+        return cls(tp, pp, vpp, cp, ep, tp, sequence_parallel=(True,), counted=counted)
 
 
 @dataclass(frozen=True)
@@ -76,30 +87,45 @@ class Found:
     """What a search comes to."""
 
     fitting: list[Candidate]
-    """The fastest first."""
+    """The fastest of those that fit, fastest first."""
     near_misses: list[Candidate]
-    """Faster than the fastest that fits, and too large; the fastest first."""
+    """Faster than the fastest that fits, and too large or tight; fastest first."""
     considered: int
+    fits: int
     too_large: int
     refused: Counter[str] = field(default_factory=Counter)
     """Name of a rule -> layouts that broke it first."""
 
 
-def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight: bool = True) -> Found:
+class Sized(NamedTuple):
+    """A layout before its schedule is played."""
+
+    least_seconds: float
+    config: RunConfig
+    memory: MemoryRange
+    verdict: str
+
+
+def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight: bool = False, top: int = 50) -> Found:
     """Try every layout of a space.
+
+    Every layout gets its memory and a lower bound of its step; schedules are played in the order of the bounds until no
+    bound is below the slowest of the ``top``, so that these are the true ones.
 
     Args:
         question: the job; its layout is replaced.
         space: what is tried.
         memory_of: bytes of the fullest rank.
-        allow_tight: layouts whose memory may turn out too large by its uncertainty count as fitting.
+        allow_tight: layouts whose memory is expected to fit, but might not by its uncertainty, count as fitting.
+        top: fitting layouts that are wanted.
 
     Raises:
         ConfigError: no layout is allowed by the rules.
     """
     refused: Counter[str] = Counter()
-    fitting, large, too_large, considered = [], [], 0, 0
-    capacity = question.cluster.memory_bytes
+    fitting: list[Sized] = []
+    large: list[Sized] = []
+    too_large, considered, capacity = 0, 0, question.cluster.memory_bytes
     for config in layouts(question.config, space, question.cluster.gpus):
         considered += 1
         if (rule := first_broken(config, question.cluster.gpus)) is not None:
@@ -110,21 +136,37 @@ def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight
             too_large += 1
             continue
         verdict = memory.verdict(capacity)
-        candidate = Candidate(config, memory, verdict, predict(dataclasses.replace(question, config=config)))
         fits = verdict == "fits" or (allow_tight and verdict == "tight" and memory.expected <= capacity)
-        (fitting if fits else large).append(candidate)
+        least = least_seconds(dataclasses.replace(question, config=config))
+        (fitting if fits else large).append(Sized(least, config, memory, verdict))
     if considered == sum(refused.values()):
         raise ConfigError(_nothing_allowed(question, considered, refused))
-    for found in (fitting, large):
-        found.sort(key=lambda candidate: candidate.prediction.step_seconds)
-    best = fitting[0].prediction.step_seconds if fitting else float("inf")
-    near = [candidate for candidate in large if candidate.prediction.step_seconds < best]
-    return Found(fitting, near, considered, too_large + len(large), refused)
+    best = fastest(question, fitting, top)
+    limit = best[0].prediction.step_seconds if best else float("inf")
+    near = fastest(question, [one for one in large if one.least_seconds < limit], NEAR_MISSES)
+    near = [one for one in near if one.prediction.step_seconds < limit]
+    return Found(best, near, considered, len(fitting), too_large + len(large), refused)
+
+
+def fastest(question: Question, sized: list[Sized], top: int) -> list[Candidate]:
+    """The ``top`` fastest layouts, fastest first."""
+    found: list[Candidate] = []
+    for one in sorted(sized, key=lambda one: one.least_seconds):
+        if len(found) >= top and one.least_seconds >= found[top - 1].prediction.step_seconds:
+            break
+        prediction = predict(dataclasses.replace(question, config=one.config))
+        bisect.insort(
+            found,
+            Candidate(one.config, one.memory, one.verdict, prediction),
+            key=lambda candidate: candidate.prediction.step_seconds,
+        )
+    return found[:top]
 
 
 def layouts(config: RunConfig, space: Space, gpus: int) -> Iterator[RunConfig]:
-    """Every combination that divides the GPUs and the batch; combinations that mean the same come once."""
+    """Every combination that divides the GPUs, the layers and the batch; combinations that mean the same come once."""
     batch, length = config.train.global_batch_size, config.model.seq_length
+    dense = config.model.num_moe_experts is None
     for tp, pp, cp in itertools.product(space.tp, space.pp, space.cp):
         dp, left = divmod(gpus, tp * pp * cp)
         if left or batch % dp or length % (2 * cp if cp > 1 else 1):
@@ -133,24 +175,38 @@ def layouts(config: RunConfig, space: Space, gpus: int) -> Iterator[RunConfig]:
             micro_batches, rest = divmod(batch, dp * micro)
             if cp > 1 and micro > min(space.micro_batch):
                 continue  # as many tokens on a rank as with half of both
-            if rest or gpus % (etp * ep * pp) or (vpp > 1 and (pp == 1 or micro_batches % pp)):
+            counted = _split(config.model.num_layers, pp * vpp, space.counted)
+            if rest or counted is None or (vpp > 1 and (pp == 1 or micro_batches % pp)):
                 continue
-            for recompute, divided in itertools.product(space.recompute, space.sequence_parallel):
-                if not (divided and tp == 1):
-                    yield with_layout(config, gpus, (tp, pp, vpp, cp, ep, etp), micro, (recompute, divided))
+            if gpus % ((tp if dense else etp) * ep * pp):
+                continue
+            degrees = Degrees(tp, pp, vpp, cp, ep, tp if dense else etp, counted)
+            divisions = space.sequence_parallel if tp > 1 else (False,)
+            for recompute, divided in itertools.product(space.recompute, divisions):
+                yield with_layout(config, gpus, degrees, micro, (recompute, divided))
 
 
-def with_layout(
-    config: RunConfig, gpus: int, degrees: tuple[int, int, int, int, int, int], micro: int, choice: tuple[str, bool]
-) -> RunConfig:
+class Degrees(NamedTuple):
+    """Sizes of the axes, and what counts as a layer of the pipeline split (embedding, output layer)."""
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+    etp: int
+    counted: tuple[bool, bool]
+
+
+def with_layout(config: RunConfig, gpus: int, degrees: Degrees, micro: int, choice: tuple[str, bool]) -> RunConfig:
     """The configuration under another layout.
 
     Args:
-        degrees: tp, pp, vpp, cp, ep, etp.
+        degrees: of every axis.
         micro: samples of a micro-batch.
         choice: what is recomputed, and whether sequences are divided over tp.
     """
-    tp, pp, vpp, cp, ep, etp = degrees
+    tp, pp, vpp, cp, ep, etp, (embedding, loss) = degrees
     recompute, divided = choice
     dense = config.model.num_moe_experts is None
     parallel = dataclasses.replace(
@@ -163,6 +219,8 @@ def with_layout(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=None if dense or etp == tp else etp,
         sequence_parallel=divided,
+        account_for_embedding_in_pipeline_split=embedding,
+        account_for_loss_in_pipeline_split=loss,
     )
     modules = config.train.recompute_modules
     if recompute == FEED:
@@ -190,6 +248,11 @@ def _counted(config: RunConfig) -> tuple[bool, bool]:
     return parallel.account_for_embedding_in_pipeline_split, parallel.account_for_loss_in_pipeline_split
 
 
+def _split(layers: int, chunks: int, counted: Sequence[tuple[bool, bool]]) -> tuple[bool, bool] | None:
+    """The first way of counting by which the layers divide evenly over the chunks; None if there is none."""
+    return next((pair for pair in counted if (layers + sum(pair)) % chunks == 0), None)
+
+
 def _powers(largest: int) -> list[int]:
     return [1 << exponent for exponent in range(largest.bit_length()) if 1 << exponent <= largest]
 
@@ -199,8 +262,8 @@ def _nothing_allowed(question: Question, considered: int, refused: Counter[str])
     cluster, batch = question.cluster, question.config.train.global_batch_size
     if not considered:
         return (
-            f"No layout of {cluster.gpus} GPUs divides train.global_batch_size {batch} into whole micro-batches. Choose "
-            "a global batch that is a multiple of the GPUs, or fewer GPUs."
+            f"No layout of {cluster.gpus} GPUs divides train.global_batch_size {batch} into whole micro-batches. "
+            "Choose a global batch that is a multiple of the GPUs, or fewer GPUs."
         )
     worst = ", ".join(f"{name} ({count})" for name, count in refused.most_common(3))
     return f"None of {considered} layouts on {cluster.gpus} GPUs keeps every rule; most break: {worst}."

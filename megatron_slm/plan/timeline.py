@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_slm.memory.schedule import FORWARD, BACKWARD, turns
+from megatron_slm.memory.schedule import BACKWARD, FORWARD, turns
 
 SETTLED = (2, 3)
 """Rounds of as many micro-batches as there are stages, after which each further round takes as long as the last."""
@@ -37,7 +37,7 @@ class Played:
     @property
     def bubble_share(self) -> float:
         """Share of the schedule's time in which a stage, on average, does not compute."""
-        return 1.0 - sum(self.busy) / (len(self.busy) * self.seconds)
+        return max(0.0, 1.0 - sum(self.busy) / (len(self.busy) * self.seconds))
 
 
 def play(
@@ -73,9 +73,20 @@ def play(
     )
 
 
-def _play(
-    stages: Sequence[Sequence[Chunk]], micro_batches: int, sends: Sequence[float], sends_hidden: bool
-) -> Played:
+def least_seconds(stages: Sequence[Sequence[Chunk]], micro_batches: int) -> float:
+    """What no schedule is faster than. Arguments as of :func:`play`.
+
+    A stage's own work begins when the first micro-batch reaches it, and the last gradient has to reach the first stage.
+    """
+    before, least = 0.0, 0.0
+    for stage in stages:
+        work = micro_batches * sum(chunk.forward + chunk.backward for chunk in stage)
+        least = max(least, before + work)
+        before += stage[0].forward + stage[0].backward
+    return least
+
+
+def _play(stages: Sequence[Sequence[Chunk]], micro_batches: int, sends: Sequence[float], sends_hidden: bool) -> Played:
     """Every pass of every stage, each as soon as its stage is free and its input has arrived."""
     count, chunks = len(stages), len(stages[0])
     todo = [_order(stage, count, chunks, micro_batches) for stage in range(count)]

@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in one step, by axis, collective and link: what a hand count of the layout gives. No torch."""
+"""Bytes that one rank sends in one step, by axis, collective and link, as a hand count gives them. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_slm.plan.links import Volume
 from megatron_slm.plan.ops import ELEMENT, Exchange
-from megatron_slm.plan.predict import Question, chunk_passes, send_bytes
+from megatron_slm.plan.predict import Question, chunk_passes, micro_batches, send_bytes
 from megatron_slm.plan.weights import Weights, stage_weights
 
 
@@ -44,12 +44,6 @@ def traffic(question: Question, stage: int = 0) -> list[Traffic]:
 def by_link(entries: list[Traffic]) -> Volume:
     """All of it, by link."""
     return sum((entry.sent for entry in entries), Volume())
-
-
-def micro_batches(question: Question) -> int:
-    """Of one replica in one step."""
-    train = question.config.train
-    return question.layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
 
 
 def _in_layers(question: Question, stage: int) -> Iterator[Traffic]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megatron_slm.config.run_config import RunConfig
@@ -26,17 +27,22 @@ class Weights:
         return self.dense + self.expert
 
 
-def chunk_split(config: RunConfig) -> list[list[range]]:
+def chunk_split(config: RunConfig) -> tuple[tuple[range, ...], ...]:
     """``[stage][chunk]`` -> global indices of its layers."""
     parallel = config.parallel
-    split = split_layers(
+    return _chunk_split(
         config.model.num_layers,
         parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        embedding_counts=parallel.account_for_embedding_in_pipeline_split,
-        loss_counts=parallel.account_for_loss_in_pipeline_split,
+        parallel.vpp_size,
+        parallel.account_for_embedding_in_pipeline_split,
+        parallel.account_for_loss_in_pipeline_split,
     )
-    return [[chunk_layers(split, stage, chunk) for chunk in range(len(split[stage]))] for stage in range(len(split))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _chunk_split(layers: int, stages: int, chunks: int, embedding: bool, loss: bool) -> tuple[tuple[range, ...], ...]:
+    split = split_layers(layers, stages, chunks, embedding_counts=embedding, loss_counts=loss)
+    return tuple(tuple(chunk_layers(split, stage, chunk) for chunk in range(chunks)) for stage in range(stages))
 
 
 def layer_weights(config: RunConfig, *, moe: bool) -> Weights:
