@@ -215,6 +215,27 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "init_method_std": 0.02,
             },
         ),
+        "gpt3-175b": _preset(
+            "arXiv 2005.14165, table 2.1",
+            None,
+            _shape(96, 12288, 49152, 96, 96)
+            | {
+                "vocab_size": 50257,
+                "seq_length": 2048,
+                "max_position_embeddings": 2048,
+                "position_embedding_type": "learned_absolute",
+                "normalization": "LayerNorm",
+                "layernorm_epsilon": 1e-5,
+                "swiglu": False,
+                "openai_gelu": True,
+                "add_bias_linear": True,
+                "add_qkv_bias": True,
+                "untie_embeddings_and_output_weights": False,
+                "attention_dropout": 0.1,
+                "hidden_dropout": 0.1,
+                "init_method_std": 0.02,
+            },
+        ),
         "deepseek-v3": _preset("deepseek-ai/DeepSeek-V3", 671_026_419_200, _DEEPSEEK_V3),
         "tiny": _preset(
             "megatron-slm",

@@ -85,8 +85,8 @@ def _of_stage(case: Case, stage: int) -> Predicted:
         return _traced(case, stage)
     few, more = (_traced(_with_layers(case, count * places), stage) for count in FEW_LAYERS)
     further = (layers - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
-    sizes = [round(one + further * (other - one)) for one, other in zip(few[:4], more[:4], strict=True)]
-    return Predicted(*sizes, stage)
+    sizes = {name: round(value + further * (getattr(more, name) - value)) for name, value in few._asdict().items()}
+    return Predicted(**sizes)._replace(stage=stage)
 
 
 def _with_layers(case: Case, layers: int) -> Case:

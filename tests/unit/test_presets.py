@@ -13,7 +13,7 @@ from megatron_slm.parallel.layout import split_layers
 
 IDS = (
     "llama3-8b llama3-70b llama3-405b qwen2.5-0.5b qwen2.5-7b qwen3-0.6b "
-    "smollm2-135m smollm2-360m smollm2-1.7b mixtral-8x7b gpt2 deepseek-v3 tiny"
+    "smollm2-135m smollm2-360m smollm2-1.7b mixtral-8x7b gpt2 gpt3-175b deepseek-v3 tiny"
 )
 
 
