@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.parallel import declared
+from megatron_slm.parallel.declared_loss import use_loss
 from megatron_slm.parallel.declared_ops import Kernels
+from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.plan.cluster import cluster_of
 from megatron_slm.plan.predict import Question, predict
 from megatron_slm.plan.rates import rates_of
@@ -65,7 +67,7 @@ def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -
     """The trace of one rank of the job; ``device.preload("cpu")`` comes before."""
     return trace_rank(
         config,
-        partial(build_declared, options={}) if for_gpu else run.build_model,
+        build_declared if for_gpu else run.build_model,
         run.step_plan,
         rank=rank,
         world_size=world_size,
@@ -74,20 +76,14 @@ def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -
     )
 
 
-def build_declared(
-    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, options: Mapping[str, Any]
-) -> run.BuiltModel:
-    """``run.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``.
-
-    Args:
-        options: of core's configuration, that another program than this one sets.
-    """
+def build_declared(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> run.BuiltModel:
+    """``run.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``."""
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device="cuda")
-    for name, value in options.items():
-        setattr(core, name, value)
     spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
     layers = run.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
-    return run.assemble_model(config, groups, device, vocab_size, layers=layers)
+    built = run.assemble_model(config, groups, device, vocab_size, layers=layers)
+    use_loss([unwrap(chunk) for chunk in built.chunks])
+    return built
 
 
 def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surroundings:

@@ -17,8 +17,8 @@ from tests.bench.published import Case, NotCovered, Row, Target
 from tests.bench.published_static import kept_bytes, state_of
 
 CI_GPUS = 8
-TOKENIZERS: Mapping[str, int] = {"15b": 256_000, "mixtral": 32_000}
-"""Part of a release run's name -> entries of its tokenizer."""
+TOKENIZERS: Mapping[str, int] = {"GPTSentencePieceTokenizer": 256_000, "Llama2Tokenizer": 32_000}
+"""Flag ``tokenizer-type`` of a release run -> entries of the file that its model_config.yaml names."""
 
 NOT_OURS: Mapping[str, str] = {
     "use-megatron-fsdp": "Megatron FSDP is not offered",
@@ -232,7 +232,7 @@ def _vocabulary(row: Row, flags: Mapping[str, str], inferred: list[str]) -> dict
     stated = _whole(flags, "vocab-size", 0) or row.whole("vocab")
     if stated is None:
         inferred.append("vocabulary-tokenizer")
-        stated = next((size for part, size in TOKENIZERS.items() if part in row.text("model")), 50_257)
+        stated = TOKENIZERS.get(flags.get("tokenizer-type", ""), 50_257)
     multiple = _whole(flags, "make-vocab-size-divisible-by", 128)
     return {
         "model.vocab_size": stated,
