@@ -62,11 +62,6 @@ def build_hooks(
     hooks += dynamics_hooks(config, plan, log)
     if config.train.eval_iters:
         hooks.append(validation_hook(config, data, plan, state, log))
-    if config.precision.fp64:
-        # Core gathers optimizer state in fp32: such a checkpoint could not be resumed bitwise, so there is none.
-        if log is not None:
-            log.say("precision.fp64: no checkpoint is saved, because core stores optimizer states in fp32")
-        return hooks
     hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
 

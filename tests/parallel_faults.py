@@ -50,7 +50,7 @@ FIRST_ATTENTION = ("decoder.layers.0.self_attention", "decoder.layers.0.self_att
 FIRST_MLP = ("decoder.layers.0.mlp", "decoder.layers.0.mlp.*")
 FIRST_EXPERTS = ("decoder.layers.1.mlp", "decoder.layers.1.mlp.*")
 EXPERTS = ("decoder.layers.*.mlp", "decoder.layers.*.mlp.experts*")
-ROUTER = ("decoder.layers.*.mlp.router", "decoder.layers.*.pre_mlp_layernorm")
+ROUTER = ("decoder.layers.*.mlp.router",)
 OUTPUT = ("output_layer", "loss")
 EMBEDDING = ("embedding", "embedding.*")
 REDUCTION = "reduction of the gradients"
@@ -71,7 +71,7 @@ FAULTS = (
     Fault(
         name="gradient of an input not reduced",
         axis="tp",
-        modules=("decoder.layers.*.pre_mlp_layernorm", "decoder.layers.*.mlp.linear_fc1"),
+        modules=("decoder.layers.*.mlp.linear_fc1",),
         values=TP,
         plant=bugs.input_gradient_not_reduced,
     ),

@@ -20,14 +20,14 @@ from megatron_slm.train.config import CheckpointConfig, LogConfig, ScheduleConfi
 STEPS, FEWEST_STEPS, STEPS_OF_ALL_RUNS = 20, 10, 60
 """Steps of one run, fewer where there are many runs."""
 
-_MICRO_BATCH, _LARGEST_WINDOWS = 2, 8
+_MICRO_BATCH, _ACCUMULATED, _LARGEST_WINDOWS = 2, 3, 8
 _ROLLBACK = "rollback"
 
 _STEPS = "the same part of a short run"
 REASONS: Mapping[str, str] = MappingProxyType(
     {
         "train.micro_batch_size": "two samples at most",
-        "train.global_batch_size": "accumulated as the original is, the same batch in every run",
+        "train.global_batch_size": "micro-batches to accumulate and to fill the pipeline, the same batch in every run",
         "train.rampup_batch_size": "its first batch is one micro-batch for every stage and replica",
         "train.train_iters": "a short run",
         "train.eval_interval": "twice at most",
@@ -108,9 +108,11 @@ def data_plans(config: RunConfig, small: RunConfig) -> DataConfig:
 def _batches(train: TrainConfig, original: Degrees, held: Sequence[Degrees], config: RunConfig) -> TrainConfig:
     """Micro-batches as large and as many as show what the original does with them."""
     size = min(train.micro_batch_size, _MICRO_BATCH)
-    count = min(2, -(-train.global_batch_size // (train.micro_batch_size * original.dp)))
+    accumulated = -(-train.global_batch_size // (train.micro_batch_size * original.dp))
+    # Twice what a pipeline holds: with interleaving the first stage reaches its steady state only then.
+    count = min(2 * HELD if original.pp > 1 else _ACCUMULATED, accumulated)
     if original.pp > 1:
-        count = max(count, HELD)
+        count = max(count - count % HELD, HELD)
     if original.vpp > 1 and config.log.noise_scale_interval is not None:
         count = max(count, 2 * HELD)  # the scale compares the first HELD micro-batches with all
     if train.rampup_batch_size:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -27,14 +31,18 @@ def refuse_existing(output: Path) -> None:
 def whole_or_nothing(output: Path) -> Iterator[Path]:
     """A temporary directory beside ``output``, renamed to it when the block ends, removed when it raises.
 
+    What an earlier attempt at the same ``output`` has left when it was killed is removed first.
+
     Raises:
         CheckpointError: it cannot be written.
     """
     temporary = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(output)
         temporary.mkdir()
-        yield temporary
+        with owned(temporary):
+            yield temporary
         sync_tree(temporary)
         temporary.rename(output)
         manifest.sync(output.parent)
@@ -49,6 +57,28 @@ def whole_or_nothing(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(output: Path) -> None:
+    """Remove temporary directories of ``output`` that no living process owns."""
+    for left in output.parent.glob(f".tmp-{glob.escape(output.name)}-*"):
+        with contextlib.suppress(OSError), owned(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def owned(directory: Path) -> Iterator[None]:
+    """Hold a directory's lock, which ends with the process however it ends.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:

@@ -1,15 +1,14 @@
 """What the schedule itself holds: what was received, what was sent, and the gradients of both. Arithmetic, no torch.
 
 Core's schedules keep these in variables and lists of their own, often beyond the pass that they belong to. Followed
-here name by name for core 0.16.1 (``pipeline_parallel/schedules.py``): 1F1B with batched exchanges, interleaved 1F1B with
-overlapped ones. All of them have one size, so that their number is enough.
+here name by name for core 0.16.1 (``pipeline_parallel/schedules.py``): 1F1B with batched exchanges, interleaved 1F1B
+with overlapped ones. All of them have one size, so that their number is enough.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable
-from typing import NamedTuple
 
 from megatron_slm.memory.schedule import BACKWARD, FORWARD, UPDATE, Turn, forward_order, turns, warm_up
 
@@ -18,9 +17,8 @@ class Buffer:
     """One tensor of a schedule.
 
     Attributes:
-        size: 1 for [S/(cp tp), B, H]; 0 for a loss, for an output whose memory was given back, and for an input, which
-            keeps its memory and later its gradient.
-        kept: live at least as long; an output keeps the input that its graph leads to.
+        size: 1 for [S/(cp tp), B, H]; 0 for a loss, and for an output whose memory was given back.
+        kept: live at least as long: the gradient of an input, the input that the graph of an output leads to.
     """
 
     def __init__(self, size: int, *kept: Buffer | None) -> None:
@@ -80,31 +78,17 @@ class Names:
         return gradient
 
 
-def received_buffer() -> Buffer:
-    """An input, just received."""
-    return Buffer(0, Buffer(1))
+def held(pipeline_rank: int, stages: int, chunks: int, micro_batches: int, *, frees_outputs: bool) -> list[int]:
+    """Buffers alive during every one of ``turns``, not counting the one that the turn itself makes.
 
-
-class Habits(NamedTuple):
-    """What differs from one job to another.
-
-    Attributes:
+    Args:
         frees_outputs: the schedule gives back an output's memory once it is sent (on GPUs).
-        keep_inputs: chunks that still refer to an input after its backward pass, until the next pass: core's token
-            dispatchers keep a tensor, it the graph of the recomputed pass, and that its input.
     """
-
-    frees_outputs: bool = False
-    keep_inputs: frozenset[int] = frozenset()
-
-
-def held(pipeline_rank: int, stages: int, chunks: int, micro_batches: int, habits: Habits) -> list[int]:
-    """Buffers alive during every one of ``turns``, not counting the one that the turn itself makes."""
     order = turns(pipeline_rank, stages, chunks, micro_batches)
     if stages == 1:
         return [0] * len(order)
     kind = _OneForwardOneBackward if chunks == 1 else _Interleaved
-    schedule = kind(pipeline_rank, stages, chunks, micro_batches, habits)
+    schedule = kind(pipeline_rank, stages, chunks, micro_batches, frees_outputs=frees_outputs)
     return [schedule.during(turn) for turn in order]
 
 
@@ -115,7 +99,6 @@ MODEL, INPUT, OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT = (
     "input_tensor_grad",
     "output_tensor_grad",
 )
-GRAPH = "graph that a token dispatcher keeps"
 POPPED = ("popped input", "popped output", "popped gradient")
 SENT, BACKWARD_BUFFER = "forward_output_tensor", "bwd_recv_buffer"
 
@@ -123,22 +106,20 @@ SENT, BACKWARD_BUFFER = "forward_output_tensor", "bwd_recv_buffer"
 class _Schedule:
     """Variables and lists of one schedule of core."""
 
-    def __init__(self, rank: int, stages: int, chunks: int, micro_batches: int, habits: Habits) -> None:
+    def __init__(self, rank: int, stages: int, chunks: int, micro_batches: int, *, frees_outputs: bool) -> None:
         self.first, self.last = rank == 0, rank == stages - 1
-        self.stages, self.chunks, self.habits = stages, chunks, habits
+        self.stages, self.chunks, self.frees_outputs = stages, chunks, frees_outputs
         self.ahead = warm_up(rank, stages, chunks, micro_batches)
         self.names = Names()
         self.inputs: list[deque[Buffer | None]] = [deque() for _ in range(chunks)]
         self.outputs: list[deque[Buffer | None]] = [deque() for _ in range(chunks)]
         self.gradients: list[deque[Buffer | None]] = [deque() for _ in range(chunks)]
         for chunk in range(self.first, chunks):  # what the step before has left
-            self.names.set((MODEL, chunk), received_buffer())
+            self.names.set((MODEL, chunk), Buffer(1))
             self.names.differentiate(self.names.get((MODEL, chunk)))
 
     def during(self, turn: Turn) -> int:
         """Play one turn; buffers that are alive in it."""
-        if turn.name in (FORWARD, BACKWARD):
-            self.names.set((GRAPH, turn.chunk), None)
         if turn.name == FORWARD:
             return self.forward(turn.chunk)
         if turn.name == BACKWARD:
@@ -160,11 +141,6 @@ class _Schedule:
         for name in (INPUT, OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT, BACKWARD_BUFFER):
             self.names.set(name, None)
 
-    def keep(self, chunk: int, received: Buffer | None) -> None:
-        """After a backward pass."""
-        if received is not None and chunk in self.habits.keep_inputs:
-            self.names.set((GRAPH, chunk), received.kept[0])
-
     def put(self, queue: deque[Buffer | None], buffer: Buffer | None) -> None:
         """Append to a list of the schedule."""
         self.names.hold(buffer)
@@ -184,11 +160,11 @@ class _OneForwardOneBackward(_Schedule):
     def forward(self, chunk: int) -> int:
         """Receive, run, send."""
         names = self.names
-        received = None if self.first else received_buffer()
+        received = None if self.first else Buffer(1)
         names.set(INPUT, received)
         names.set((MODEL, chunk), received)
         alive = names.alive
-        names.set(OUTPUT, Buffer(0 if self.last or self.habits.frees_outputs else 1, received))
+        names.set(OUTPUT, Buffer(0 if self.last or self.frees_outputs else 1, received))
         self.put(self.inputs[chunk], received)
         self.put(self.outputs[chunk], names.get(OUTPUT))
         return alive
@@ -201,18 +177,17 @@ class _OneForwardOneBackward(_Schedule):
         self.take(OUTPUT, self.outputs[chunk])
         alive = names.alive
         names.set(INPUT_GRADIENT, names.differentiate(received))
-        self.keep(chunk, received)
         return alive
 
 
 class _Interleaved(_Schedule):
     """``forward_backward_pipelining_with_interleaving``."""
 
-    def __init__(self, rank: int, stages: int, chunks: int, micro_batches: int, habits: Habits) -> None:
-        super().__init__(rank, stages, chunks, micro_batches, habits)
+    def __init__(self, rank: int, stages: int, chunks: int, micro_batches: int, *, frees_outputs: bool) -> None:
+        super().__init__(rank, stages, chunks, micro_batches, frees_outputs=frees_outputs)
         self.order = [chunk for _, chunk in forward_order(stages, chunks, micro_batches)]
         self.forwards = self.backwards = 0
-        self.put(self.inputs[0], None if self.first else received_buffer())
+        self.put(self.inputs[0], None if self.first else Buffer(1))
 
     def forward(self, chunk: int) -> int:
         """Run a micro-batch whose input has been received; send, and receive what a later one needs."""
@@ -220,18 +195,18 @@ class _Interleaved(_Schedule):
         inputs, outputs = self.inputs[chunk], self.outputs[chunk]
         if self.first and chunk == 0 and len(inputs) == len(outputs):
             self.put(inputs, None)
-        if self.habits.frees_outputs and not is_ahead:
+        if self.frees_outputs and not is_ahead:
             names.free(names.get(OUTPUT))
         received = inputs[len(outputs)]
         names.set((MODEL, chunk), received)
         alive = names.alive
         ends = self.last and chunk == self.chunks - 1
-        output = Buffer(0 if ends or (self.habits.frees_outputs and is_ahead) else 1, received)
+        output = Buffer(0 if ends or (self.frees_outputs and is_ahead) else 1, received)
         self.put(outputs, output)
         names.set(OUTPUT if is_ahead else SENT, None if ends else output)
         expected, target = self._expects(self.forwards, forward=True)
         self.forwards += 1
-        following = received_buffer() if expected and self.forwards < len(self.order) else None
+        following = Buffer(1) if expected and self.forwards < len(self.order) else None
         if following is not None:
             self.put(self.inputs[target], following)
         if is_ahead:
@@ -258,7 +233,6 @@ class _Interleaved(_Schedule):
         if following is not None:
             self.put(self.gradients[target], following)
         names.set(INPUT_GRADIENT, made)
-        self.keep(chunk, received)
         for name in POPPED:
             names.set(name, None)
         if is_after:
@@ -270,7 +244,7 @@ class _Interleaved(_Schedule):
         return alive
 
     def _begin_cool_down(self) -> None:
-        if self.habits.frees_outputs:
+        if self.frees_outputs:
             self.names.free(self.names.get(OUTPUT))
         if self.backwards == 0:
             self.put(self.gradients[-1], None if self.last else Buffer(1))

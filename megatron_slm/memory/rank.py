@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.memory.exchange import Habits
 from megatron_slm.memory.schedule import BACKWARD, FINISH, FORWARD, UPDATE
 from megatron_slm.memory.static import WORKSPACE, StaticPart, static_parts
 from megatron_slm.memory.trace import COMMUNICATION, Block, Phase, Recorder
@@ -47,7 +46,7 @@ class RankTrace:
         persistent: blocks beside the static ones that a micro-batch finds there.
         batch: blocks of one micro-batch's tokens; those of a step are there as long as it lasts.
         exchanged: block that stands for every tensor between pipeline ranks; see ``memory.exchange``.
-        habits: what the schedule holds of those.
+        frees_outputs: an output's memory is given back once it is sent.
         phases: by (name, chunk): "forward" and "backward" of each chunk, ("finish", 0), ("update", 0).
     """
 
@@ -60,7 +59,7 @@ class RankTrace:
     persistent: list[int] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
     exchanged: int | None = None
-    habits: Habits = field(default_factory=Habits)
+    frees_outputs: bool = False
     phases: dict[tuple[str, int], Phase] = field(default_factory=dict)
 
     @property
@@ -119,8 +118,7 @@ def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPla
     for phase in trace.phases.values():
         phase.events = _own(phase, step.outside)
     _close(trace, recorder.alive())
-    trace.batch, trace.exchanged = step.batch, step.exchanged
-    trace.habits = Habits(step.frees_outputs, frozenset(step.keep_inputs))
+    trace.batch, trace.exchanged, trace.frees_outputs = step.batch, step.exchanged, step.frees_outputs
     recorder.phase = trace.phases[FINISH, 0] = Phase()
     core = built.chunks[0].config
     core.finalize_model_grads_func(built.chunks, torch.ones((), dtype=torch.int))
@@ -132,25 +130,27 @@ def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPla
 def _own(phase: Phase, outside: set[int]) -> list[int]:
     """A phase's events without those of blocks that the schedule holds, but for the birth of the one it makes."""
     return [
-        event
-        for event in phase.events
-        if event == phase.output or (event if event >= 0 else ~event) not in outside
+        event for event in phase.events if event == phase.output or (event if event >= 0 else ~event) not in outside
     ]
 
 
 def _close(trace: RankTrace, alive: set[int]) -> None:
-    """Let what a micro-batch leaves to the next one be what it has found: the same blocks every time."""
-    outputs = {phase.output for phase in trace.phases.values()}
-    made = {event for phase in trace.phases.values() for event in phase.events if event >= 0} - outputs
+    """Let what a micro-batch leaves to the next one be what it has found: the same blocks every time.
+
+    What a backward pass leaves takes the place of what the one before has left. What a forward pass has made and the
+    backward pass has used, and still is referred to, takes such a place when the backward pass ends.
+    """
     gone = [number for number in trace.persistent if number not in alive]
-    renamed: dict[int, int] = {}
-    for new in sorted(made & alive):
-        old = next((number for number in gone if trace.blocks[number].size == trace.blocks[new].size), None)
-        if old is not None:
+    for (name, chunk), phase in trace.phases.items():
+        for new in [event for event in phase.events if event in alive and event != phase.output]:
+            old = next((number for number in gone if trace.blocks[number].size == trace.blocks[new].size), None)
+            if old is None:
+                continue
             gone.remove(old)
-            renamed[new] = old
-    for phase in trace.phases.values():
-        phase.events = [renamed.get(event, event) for event in phase.events]
+            if name == FORWARD:
+                trace.phases[BACKWARD, chunk].events += [~new, old]
+            else:
+                phase.events[phase.events.index(new)] = old
 
 
 class MicroBatch:
@@ -161,7 +161,6 @@ class MicroBatch:
         batch: those of the tokens.
         exchanged: one of those that are exchanged; all are as large.
         frees_outputs: an output's memory is given back once it is sent.
-        keep_inputs: chunks that refer to an input after its backward pass.
     """
 
     def __init__(self, chunks: list[Any], plan: StepPlan, config: RunConfig, recorder: Recorder) -> None:
@@ -169,7 +168,6 @@ class MicroBatch:
         self.outside: set[int] = set()
         self.batch: list[int] = []
         self.exchanged: int | None = None
-        self.keep_inputs: set[int] = set()
         self.frees_outputs: bool = chunks[0].config.deallocate_pipeline_outputs
 
     def run(self, phases: dict[tuple[str, int], Phase]) -> None:
@@ -178,25 +176,17 @@ class MicroBatch:
         batch = self._batch()
         self.batch = sorted(self._recorder.alive() - before)
         self._set_outside(self.batch, WORKSPACE)
-        passed: list[tuple[Tensor | None, Tensor]] = []
-        inputs: list[int | None] = []
+        passed = []
         for index, chunk in enumerate(self._chunks):
             received = None if unwrap(chunk).pre_process else self._hidden().requires_grad_()
-            inputs.append(self._recorder.number(received) if received is not None else None)
             phases[FORWARD, index] = self._recorder.phase = Phase()
             passed.append((received, self._forward(chunk, batch, received)))
             self._recorder.phase = Phase()
-            del received
         for index in reversed(range(len(self._chunks))):
             gradient = None if unwrap(self._chunks[index]).post_process else self._hidden()
             phases[BACKWARD, index] = self._recorder.phase = Phase()
             self._backward(self._chunks[index], *passed.pop(), gradient)
             self._recorder.phase = Phase()
-            del gradient
-            if inputs[index] is not None:
-                unwrap(self._chunks[index]).set_input_tensor([None])
-                if inputs[index] in self._recorder.alive():
-                    self.keep_inputs.add(index)
 
     def _forward(self, chunk: Any, batch: Batch, received: Tensor | None) -> Tensor:
         ends, groups = unwrap(chunk).post_process, self._plan.groups

@@ -81,7 +81,7 @@ def replay(trace: RankTrace, micro_batches: int | None = None) -> Timeline:
     exchanged = sizes[trace.exchanged] if trace.exchanged is not None else 0
     place = (trace.pipeline_rank, trace.stages, trace.chunks, number)
     present, courses, moments = frozenset(trace.persistent), _Courses(trace), []
-    for turn, count in zip(turns(*place), held(*place, trace.habits), strict=True):
+    for turn, count in zip(turns(*place), held(*place, frees_outputs=trace.frees_outputs), strict=True):
         taken = courses.of(turn, present)
         start = alive + count * exchanged + sum(sizes[block] for block in present)
         moments.append(Moment(turn, start, start + taken.peak, count, present))
@@ -133,13 +133,9 @@ def effective(
     """
     filled = persistent.intersection(events)
     emptied = {~event for event in events if event < 0} & persistent
-    found = []
-    for event in events:
-        if event >= 0 or ~event not in persistent or ~event in present:
-            found.append(event)
-        if event in filled and event in present - emptied:
-            found.append(~event)
-    return found, (present - emptied) | filled
+    replaced = filled & (present - emptied)
+    kept = [event for event in events if event >= 0 or ~event not in persistent or ~event in present]
+    return [*(~block for block in replaced), *kept], (present - emptied) | filled
 
 
 def alive_at_worst(trace: RankTrace, timeline: Timeline) -> Counter[int]:

@@ -52,8 +52,10 @@ def first_difference(
     if any(name.endswith("of step 1") and name not in (GRADIENTS, NORM) for name in failing):
         return Finding("loss", LOSS)
     backward = list(dict.fromkeys(one.name for one in reference.plain.watched if one.direction == BACKWARD))
-    if module := next((name for name in backward if (name, BACKWARD) in wrong), None):
-        return Finding(module, BACKWARD)
+    first = next((index for index, name in enumerate(backward) if (name, BACKWARD) in wrong), None)
+    if first is not None:
+        # The gradient of an output is made by who takes it in: the module whose own output's gradient came before.
+        return Finding(backward[first - 1] if first else "loss", BACKWARD)
     return _beside_modules(rows, failing, order)
 
 

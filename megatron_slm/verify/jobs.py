@@ -67,7 +67,7 @@ class Jobs:
         config = setting.compared(run, exact=exact)
         precision = setting.own_precision(config)
         reference = self.reference(config)
-        saved = None if config.precision.fp64 else self._place("checkpoints")
+        saved = self._place("checkpoints") if config.precision == run.precision else None
         try:
             found = self.parallel(config, save_to=saved, quietly=quietly)
         except JobFailed as failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 
 from megatron_slm.config.run_config import RunConfig
@@ -11,6 +12,9 @@ from megatron_slm.train.config import PrecisionConfig, TrainConfig
 
 TIMEOUT_MINUTES = 3.0
 """A collective of a shrunk model takes milliseconds; a rank that waits this long waits for ever."""
+
+MICRO_BATCHES = 4
+"""At least; two a replica, and two for each of two pipeline stages."""
 
 VOCAB_SIZE = 500
 """Where the configuration leaves it to the tokenizer. No multiple of 128: padding rows must stay out of the loss."""
@@ -37,8 +41,20 @@ def compared(config: RunConfig, *, exact: bool) -> RunConfig:
         # It would round float64 sums to fp32.
         reduce_scatter_with_fp32_accumulation=config.parallel.reduce_scatter_with_fp32_accumulation and not exact,
     )
-    train = replace(config.train, ema_decay=None, rampup_batch_size=(), spike_policy="off")
+    train = replace(
+        config.train,
+        ema_decay=None,
+        rampup_batch_size=(),
+        spike_policy="off",
+        global_batch_size=_with_micro_batches(config.train),
+    )
     return replace(config, model=model, parallel=parallel, precision=precision, train=train)
+
+
+def _with_micro_batches(train: TrainConfig) -> int:
+    """Samples of a global batch of at least so many micro-batches that one of them can hold no token of the loss."""
+    count = train.global_batch_size // train.micro_batch_size
+    return train.micro_batch_size * (count if count >= MICRO_BATCHES else math.lcm(count, MICRO_BATCHES))
 
 
 def one_rank(config: RunConfig, *, distributed_optimizer: bool = False) -> RunConfig:

@@ -21,8 +21,7 @@ from megatron_slm.verify.tolerance import FACTOR
 
 NOTES = (
     "Dropout is off in the comparison: its masks are drawn per rank. Batches are made up, with uneven loss masks.",
-    "fp64 proves the structure; it saves no checkpoint, because core stores optimizer state in fp32: the resume is "
-    "compared in the configured precision.",
+    "fp64 proves the structure; a checkpoint is saved and resumed in the configured precision.",
     f"Tolerances: {FACTOR['fp64']:.0f} times ({FACTOR['bf16']:.0f} times in bf16) what it changes on one rank to move "
     "every weight by one unit in the last place and to reverse the micro-batches.",
 )

@@ -32,8 +32,8 @@ RULES: Mapping[str, str] = {
     "are left out of its share; they count for the peak.",
     "release-before-te-2.3": "Release runs were recorded before Transformer Engine 2.3 began to keep dummy gradients: "
     "with them no number of GPUs explains their static memory.",
-    "vocabulary-tokenizer": "Vocabulary of a release run from its tokenizer-type, whose file its model_config.yaml names: "
-    "256,000 (nemotron_2_256k) of GPTSentencePieceTokenizer, 32,000 of Llama2Tokenizer.",
+    "vocabulary-tokenizer": "Vocabulary of a release run from its tokenizer-type, whose file its model_config.yaml "
+    "names: 256,000 (nemotron_2_256k) of GPTSentencePieceTokenizer, 32,000 of Llama2Tokenizer.",
     "vocabulary-padded": "Megatron pads the vocabulary to a multiple of make_vocab_size_divisible_by x tp.",
     "split-counts-both": "The layers divide over the pipeline's chunks only with embedding and loss counted as one "
     "layer each (account_for_embedding_in_pipeline_split, account_for_loss_in_pipeline_split).",

@@ -264,14 +264,20 @@ def test_the_data_keep_their_plans() -> None:
     assert run.data.length_schedule == ("0: 16", f"{round(800 * samples / 1920)}: 64")
     assert run.data.replay_run is None and run.data.weights == ("a=0.7", "b=0.3")
     assert run.train.rampup_batch_size == ("2", "2", str(round(320 * samples / 1920)))
-    assert run.train.global_batch_size == 4
+    assert run.train.global_batch_size == 6
 
 
 def test_accumulation_stays() -> None:
-    for dp, batch, microbatches in ((4, 64, 2), (4, 8, 1)):
+    for dp, batch, microbatches in ((4, 64, 3), (4, 16, 2), (4, 8, 1)):
         original = config("train.micro_batch_size=2", f"parallel.world_size={dp}", f"train.global_batch_size={batch}")
         run = downscale(original).runs[0]
         assert run.train.global_batch_size == run.train.micro_batch_size * 2 * microbatches
+
+
+def test_a_pipeline_is_filled_twice_where_the_original_fills_it() -> None:
+    for batch, microbatches in ((64, 4), (4, 4), (3, 2), (1, 2)):
+        original = config("parallel.pipeline_model_parallel_size=2", f"train.global_batch_size={batch}")
+        assert downscale(original).runs[0].train.global_batch_size == microbatches
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 9])
