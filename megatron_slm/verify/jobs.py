@@ -67,7 +67,7 @@ class Jobs:
         config = setting.compared(run, exact=exact)
         precision = setting.own_precision(config)
         reference = self.reference(config)
-        saved = self._place("checkpoints") if config.precision == run.precision else None
+        saved = None if exact else self._place("checkpoints")
         try:
             found = self.parallel(config, save_to=saved, quietly=quietly)
         except JobFailed as failed:
