@@ -18,6 +18,7 @@ from megatron_slm import run
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.memory.capacity import Surroundings
+from megatron_slm.memory.gloo import gloo_temporary_bytes
 from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
@@ -73,6 +74,7 @@ def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -
         world_size=world_size,
         vocab_size=config.model.vocab_size or VOCAB_SIZE,
         kernels=partial(declared.declared_kernels, Kernels()) if for_gpu else nullcontext,
+        temporary_bytes=None if for_gpu else gloo_temporary_bytes,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.schedule import BACKWARD, FINISH, FORWARD, UPDATE
 from megatron_slm.memory.static import WORKSPACE, StaticPart, static_parts
-from megatron_slm.memory.trace import COMMUNICATION, Block, Phase, Recorder
+from megatron_slm.memory.trace import COMMUNICATION, Block, Phase, Recorder, TemporaryBytes
 from megatron_slm.parallel import pipeline
 from megatron_slm.parallel.dry import dry_world
 from megatron_slm.parallel.gradients import unwrap, zero_gradients
@@ -77,16 +77,18 @@ def trace_rank(
     world_size: int,
     vocab_size: int,
     kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+    temporary_bytes: TemporaryBytes | None = None,
 ) -> RankTrace:
     """Play ``rank`` in the dry world. ``device.preload("cpu")`` comes before.
 
     Args:
         kernels: what core is to take for its kernels meanwhile.
+        temporary_bytes: what a collective's backend allocates for itself.
     """
     with (
         dry_world(config.parallel, rank=rank, world_size=world_size) as groups,
         kernels(),
-        Recorder() as recorder,
+        Recorder(temporary_bytes) as recorder,
     ):
         device = torch.device("cpu")
         built = build(config, groups, device, vocab_size)

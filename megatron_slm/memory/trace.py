@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -86,6 +86,10 @@ class Phase:
     output: int | None = None
 
 
+TemporaryBytes = Callable[[str, Sequence[Any]], int]
+"""Name and arguments of a collective -> bytes."""
+
+
 class Recorder(TorchDispatchMode):
     """Follows everything that happens inside of it. Modules are named by ``names``, given once they exist.
 
@@ -94,8 +98,10 @@ class Recorder(TorchDispatchMode):
         phase: what is written to now; set it to begin another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, temporary_bytes: TemporaryBytes | None = None) -> None:
+        """``temporary_bytes``: what a collective's backend allocates for itself while it runs."""
         super().__init__()
+        self._temporary_bytes = temporary_bytes
         self.blocks: list[Block] = []
         self.phase = Phase()
         self.names: dict[nn.Module, str] = {}
@@ -130,8 +136,8 @@ class Recorder(TorchDispatchMode):
         module, name = self.module(), str(func._overloadpacket)
         for tensor in made:
             self._see(tensor, module, name)
-        if name in RECEIVING:
-            self._received(args[0])
+        if func.namespace == "c10d":
+            self._exchanged(name, args)
         if (op := costed(func, name, module, args, kwargs, out)) is not None:
             self.phase.ops.append(op)
         return out
@@ -170,10 +176,14 @@ class Recorder(TorchDispatchMode):
         self._alive[storage._cdata] = number
         self.phase.events.append(number)
 
-    def _received(self, buffers: Any) -> None:
-        for tensor in tree_leaves(buffers):
+    def _exchanged(self, name: str, args: Sequence[Any]) -> None:
+        for tensor in tree_leaves(args[0]) if name in RECEIVING else ():
             if isinstance(tensor, Tensor) and (number := self.number(tensor)) is not None:
                 self.blocks[number].received = True
+        size = self._temporary_bytes(name, args) if self._temporary_bytes is not None else 0
+        if size:
+            self.phase.events += [len(self.blocks), ~len(self.blocks)]
+            self.blocks.append(Block(size, self.module(), name, received=True, kind=COMMUNICATION))
 
     def _release(self, key: int) -> None:
         self._seen.discard(key)
