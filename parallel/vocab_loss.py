@@ -78,9 +78,9 @@ class _VocabParallelLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         # Chunks are added in full precision; a half-precision sum would lose the last chunks' bits.
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_grad else None
-        size = min(CHUNK_TOKENS, -(-hidden.shape[0] // 2))
-        for rows in torch.arange(hidden.shape[0]).split(max(1, size)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        tokens = hidden.shape[0]
+        size = max(1, min(CHUNK_TOKENS, -(-tokens // 2)))
+        for part in (slice(start, min(start + size, tokens)) for start in range(0, tokens, size)):
             logits = (hidden[part] @ weight.t()).to(exact)
             logits[:, real:] = float("-inf")
             losses, gradient = _losses(
