@@ -7,7 +7,7 @@ them each build one part; a newcomer may skip them. This is the only file that k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,11 @@ from megatron_slm.data.mixture import described
 from megatron_slm.errors import ConfigError
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
+from megatron_slm.memory.watch import explained_out_of_memory
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.model.gpt import build_chunks
 from megatron_slm.parallel import device as device_seam
+from megatron_slm.parallel.fp8 import require_engine
 from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
@@ -42,6 +44,7 @@ from megatron_slm.run_hooks import (
     build_hooks,
     build_interventions,
     identity_digest,
+    memory_command,
     open_log,
     stop_rule,
     writes_log,
@@ -111,7 +114,7 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
         UserError: the configuration, the data or the checkpoint is refused; nothing was changed.
     """
     config = resolved.config
-    with assembled(resolved, environment, fresh=fresh) as run:
+    with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
         return run_loop(
             run.state,
             run.plan,
@@ -124,6 +127,19 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
             guard=Guard(config.train, run.state.records.get("guard")),
             interventions=build_interventions(resolved, run.data, run.loader, run.layout, run.directory, run.log),
         )
+
+
+def memory_explained(run: Run) -> AbstractContextManager[None]:
+    """Says where every byte was to go when there are too few of them, where the run watches its memory."""
+    config = run.resolved.config
+    if not config.log.memory_ledger:
+        return nullcontext()
+    return explained_out_of_memory(
+        run.directory.path,
+        memory_command(config, run.directory, run.layout, run.plan.device, run.data.tokenizer.vocab_size),
+        rank=dist.get_rank(),
+        pipeline_rank=run.plan.groups.pp.rank(),
+    )
 
 
 @contextmanager
@@ -140,6 +156,7 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         raise ConfigError(
             "precision.fp64 needs CPU ranks: core's optimizer rounds to fp32 on a GPU; set parallel.device=cpu"
         )
+    require_engine(config.precision, device)
     rules.require(config, environment.world_size, provenance=resolved.provenance)
     layout = Layout.from_config(config.parallel, environment.world_size)
 

@@ -25,7 +25,8 @@ from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.parallel import declared
 from megatron_slm.parallel.declared_loss import use_loss
-from megatron_slm.parallel.declared_ops import Kernels
+from megatron_slm.parallel.declared_ops import GEMM_WORKSPACE_BYTES, Kernels
+from megatron_slm.parallel.fp8 import require_generation
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.plan.cluster import cluster_of
 from megatron_slm.plan.predict import Question, predict
@@ -54,17 +55,33 @@ def job_ledgers(
     if stage is not None and not 0 <= stage < stages:
         raise ConfigError(f"--stage {stage}: the pipeline has stages 0 to {stages - 1}.")
     surroundings = surroundings_of(config, gpu, world) if for_gpu else None
+    kernels = kernels_of(config, gpu)
     wanted: Iterable[int] | None = None if stage is None else [stage]
     return ledgers(
         config,
-        partial(job_trace, config, world_size=world, for_gpu=for_gpu),
+        partial(job_trace, config, world_size=world, for_gpu=for_gpu, kernels=kernels),
         world_size=world,
         surroundings=surroundings,
         stages=wanted,
     )
 
 
-def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -> RankTrace:
+def kernels_of(config: RunConfig, gpu: str | None) -> Kernels:
+    """Those of the GPU; of a Hopper where none is named, or of the first one that has the recipe of FP8.
+
+    Raises:
+        ConfigError: the GPU is not known, or has not got the recipe.
+    """
+    if gpu is None:
+        return Kernels(generation="blackwell" if config.precision.fp8_recipe == "mxfp8" else "hopper")
+    generation = cluster_of(gpu).architecture
+    require_generation(config.precision, generation, gpu)
+    return Kernels(generation=generation) if generation in GEMM_WORKSPACE_BYTES else Kernels()  # type: ignore[arg-type]
+
+
+def job_trace(
+    config: RunConfig, rank: int, *, world_size: int, for_gpu: bool, kernels: Kernels | None = None
+) -> RankTrace:
     """The trace of one rank of the job; ``device.preload("cpu")`` comes before."""
     return trace_rank(
         config,
@@ -73,8 +90,9 @@ def job_trace(config: RunConfig, rank: int, *, world_size: int, for_gpu: bool) -
         rank=rank,
         world_size=world_size,
         vocab_size=config.model.vocab_size or VOCAB_SIZE,
-        kernels=partial(declared.declared_kernels, Kernels()) if for_gpu else nullcontext,
+        kernels=partial(declared.declared_kernels, kernels or kernels_of(config, None)) if for_gpu else nullcontext,
         temporary_bytes=None if for_gpu else gloo_temporary_bytes,
+        notes_saved=not for_gpu,
     )
 
 

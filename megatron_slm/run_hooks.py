@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_slm.config.load import Resolved
@@ -15,6 +16,7 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.loader import TrainLoader
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
+from megatron_slm.memory.watch import MemoryWatch
 from megatron_slm.model.counts import flops_per_token, parameters_text
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
@@ -51,19 +53,35 @@ def build_hooks(
     directory: RunDirectory,
     log: MetricsWriter | None,
 ) -> list[Hook]:
-    """What the log's line shows of the experts, log, averages, measurements, validation, checkpoint.
+    """What the log's line shows of the experts, log, memory, averages, measurements, validation, checkpoint.
 
     At the end they are called in reverse: the save comes first, the log closes last.
     """
     config = resolved.config
     hooks: list[Hook] = [router_statistics(config, log)] if config.model.num_moe_experts is not None else []
     hooks += [log] if log is not None else []
+    if config.log.memory_ledger:
+        command = memory_command(config, directory, layout, plan.device, data.tokenizer.vocab_size)
+        say = log.say if log is not None else None
+        hooks.append(MemoryWatch(plan, directory.path, command, say, rank=dist.get_rank()))
     hooks += [part for part in state.parts.values() if isinstance(part, Hook)]
     hooks += dynamics_hooks(config, plan, log)
     if config.train.eval_iters:
         hooks.append(validation_hook(config, data, plan, state, log))
     hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
+
+
+def memory_command(
+    config: RunConfig, directory: RunDirectory, layout: Layout, device: torch.device, vocab_size: int
+) -> list[str]:
+    """What ``mslm memory`` is asked about this run."""
+    return [
+        str(directory.path / "config.yaml"),
+        f"parallel.world_size={layout.world_size}",
+        f"model.vocab_size={config.model.vocab_size or vocab_size}",
+        *(["--cpu"] if device.type == "cpu" else []),
+    ]
 
 
 def router_statistics(config: RunConfig, log: MetricsWriter | None) -> RouterStatistics:

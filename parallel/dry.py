@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import mappings, random
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -29,11 +30,6 @@ from megatron_slm.parallel.groups import build_groups, destroy_groups
 from megatron_slm.parallel.router import Router
 
 DRY_SUBSTITUTIONS = (
-    Substitution(
-        "tensor_parallel.random.CudaRNGStatesTracker.fork",
-        "switches between states of generators, which have no values here",
-        "nothing",
-    ),
     Substitution(
         "torch.distributed.all_gather_object",
         "pickles what every rank says; nobody else is there to say anything",
@@ -55,6 +51,11 @@ DRY_SUBSTITUTIONS = (
         "core's weights, and an even choice that has values",
     ),
     Substitution(
+        "token_dispatcher.sort_chunks_by_idxs",
+        "reads in which order it puts the tokens of experts and ranks",
+        "every part once, in the order in which it came",
+    ),
+    Substitution(
         "mappings._gather_along_first_dim",
         "gathers how many tokens every rank has for each expert",
         "counts that have values are those of every rank",
@@ -63,6 +64,11 @@ DRY_SUBSTITUTIONS = (
         "Router._within_capacity",
         "drops tokens by their weights, which have no values, among those of all ranks",
         "every rank keeps the first of its own tokens, as many as any other rank",
+    ),
+    Substitution(
+        "{MoEAux,MTP}LossAutoScaler.main_loss_backward_scale",
+        "core keeps the first one that it is given, and nothing that is made here may outlive the world",
+        "what it was before, again afterwards",
     ),
     Substitution(
         "torch.UntypedStorage.copy_",
@@ -136,13 +142,15 @@ def _substituted() -> Iterator[None]:
     choose, within = moe_utils.topk_routing_with_score_function, Router._within_capacity
     with contextlib.ExitStack() as stack:
         for owner, name, becomes in (
-            (random.CudaRNGStatesTracker, "fork", lambda tracker, name="": contextlib.nullcontext()),
             (dist, "all_gather_object", _everyone_says_the_same),
             (nn.Module, "_apply", _replace_parameters),
             (clip_grads, "l2_norm_impl", _norm_of_norms),
             (moe_utils, "topk_routing_with_score_function", _evenly(choose)),
+            (token_dispatcher, "sort_chunks_by_idxs", _in_order(token_dispatcher.sort_chunks_by_idxs)),
             (mappings, "_gather_along_first_dim", _counts_alike(mappings._gather_along_first_dim)),
             (Router, "_within_capacity", _within_share(within)),
+            (moe_utils.MoEAuxLossAutoScaler, "main_loss_backward_scale", None),
+            (MTPLossAutoScaler, "main_loss_backward_scale", MTPLossAutoScaler.main_loss_backward_scale),
             (torch.UntypedStorage, "copy_", lambda storage, source, non_blocking=None: storage),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -188,6 +196,17 @@ def even_choice(tokens: int, experts: int, topk: int) -> Tensor:
         first = torch.arange(tokens)[:, None] * topk
         chosen = (first + torch.arange(topk)) % experts
         return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def _in_order(sort: Any) -> Any:
+    """``sort_chunks_by_idxs`` by numbers that have values."""
+
+    def sorted_parts(tokens: Tensor, sizes: Tensor, order: Tensor, **options: Any) -> Any:
+        with unset_fake_temporarily():
+            order = torch.arange(len(order))
+        return sort(tokens, sizes, order, **options)
+
+    return sorted_parts
 
 
 def _within_share(within: Any) -> Any:

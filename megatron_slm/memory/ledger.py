@@ -11,7 +11,7 @@ from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.replay import Timeline, alive_at_worst, saved_blocks
 from megatron_slm.memory.schedule import BACKWARD, FORWARD
 from megatron_slm.memory.static import WORKSPACE
-from megatron_slm.memory.trace import COMMUNICATION
+from megatron_slm.memory.trace import COMMUNICATION, Block
 from megatron_slm.train.layer_norms import part_of
 
 ACTIVATIONS, RECOMPUTED, LOGITS, ROUNDING = ("activations", "recompute", "logits and loss", "allocator rounding")
@@ -130,7 +130,7 @@ def _dynamic(trace: RankTrace, timeline: Timeline, surroundings: Surroundings | 
     for number, copies in alive_at_worst(trace, timeline).items():
         block = trace.blocks[number]
         chunk = saved.get(number, timeline.moments[timeline.worst].turn.chunk)
-        kind = _kind(trace, number, number in saved)
+        kind = kind_of(block, saved=number in saved, ends_model=trace.pipeline_rank == trace.stages - 1)
         begins, ends = _interval(timeline, chunk) if number in saved else (timeline.worst, timeline.worst)
         size = copies * block.size
         layer = part_of(block.module) if block.module else ""
@@ -140,15 +140,20 @@ def _dynamic(trace: RankTrace, timeline: Timeline, surroundings: Surroundings | 
     return rows
 
 
-def _kind(trace: RankTrace, number: int, is_saved: bool) -> str:
-    block = trace.blocks[number]
+def kind_of(block: Block, *, saved: bool, ends_model: bool) -> str:
+    """The kind of a block that is not static.
+
+    Args:
+        saved: a forward pass leaves it for its backward pass.
+        ends_model: of a rank that computes the loss.
+    """
     if block.kind:
         return block.kind
     if block.recomputed:
         return RECOMPUTED
-    if block.module.startswith(OUTPUT[0]) or (block.module == "" and trace.pipeline_rank == trace.stages - 1):
+    if block.module.startswith(OUTPUT[0]) or (block.module == "" and ends_model):
         return LOGITS
-    if is_saved:
+    if saved:
         return ACTIVATIONS
     return COMMUNICATION if block.received else WORKSPACE
 

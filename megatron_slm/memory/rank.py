@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.schedule import BACKWARD, FINISH, FORWARD, UPDATE
@@ -78,25 +78,24 @@ def trace_rank(
     vocab_size: int,
     kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     temporary_bytes: TemporaryBytes | None = None,
+    notes_saved: bool = False,
 ) -> RankTrace:
     """Play ``rank`` in the dry world. ``device.preload("cpu")`` comes before.
 
     Args:
         kernels: what core is to take for its kernels meanwhile.
         temporary_bytes: what a collective's backend allocates for itself.
+        notes_saved: fill ``Phase.packed``. Not with ``kernels``: torch hands a saved weight on as another object, and
+            they look for ``main_grad`` on it.
     """
     with (
         dry_world(config.parallel, rank=rank, world_size=world_size) as groups,
         kernels(),
-        Recorder(temporary_bytes) as recorder,
+        Recorder(temporary_bytes, notes_saved=notes_saved) as recorder,
     ):
         device = torch.device("cpu")
         built = build(config, groups, device, vocab_size)
-        recorder.names = {
-            module: global_name(unwrap(chunk), name)
-            for chunk in built.chunks
-            for name, module in unwrap(chunk).named_modules()
-        }
+        recorder.names = module_names(built.chunks)
         trace = RankTrace(
             rank,
             groups.pp.rank(),
@@ -107,6 +106,13 @@ def trace_rank(
         )
         _record_step(trace, recorder, built, plan(config, groups, device), config)
     return trace
+
+
+def module_names(chunks: list[Any]) -> dict[nn.Module, str]:
+    """Global name of every module of a rank."""
+    return {
+        module: global_name(unwrap(chunk), name) for chunk in chunks for name, module in unwrap(chunk).named_modules()
+    }
 
 
 def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPlan, config: RunConfig) -> None:
@@ -192,7 +198,8 @@ class MicroBatch:
 
     def _forward(self, chunk: Any, batch: Batch, received: Tensor | None) -> Tensor:
         ends, groups = unwrap(chunk).post_process, self._plan.groups
-        output = pipeline.forward_chunk(chunk, batch, self._plan.loss, received, ends=ends, groups=groups)
+        with self._recorder.saving():
+            output = pipeline.forward_chunk(chunk, batch, self._plan.loss, received, ends=ends, groups=groups)
         if self.frees_outputs and not ends:
             pipeline.release_output(output, chunk)
         elif not ends:

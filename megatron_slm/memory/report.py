@@ -18,13 +18,14 @@ COLUMNS = {
     "optimizer": ("master weights", "moments"),
     "activations": ("activations",),
     "logits, loss": ("logits and loss",),
-    "temporary": ("recompute", "communication buffers", "workspace", "weight copies"),
+    "weight copies": ("weight copies",),
+    "temporary": ("recompute", "communication buffers", "workspace"),
     "beside torch": ("allocator rounding", "fragmentation", "NCCL", "CUDA context"),
 }
 """Column of a table -> kinds of rows."""
 
 BAR_WIDTH = 64
-BAR_LETTERS = "PGOALT."
+BAR_LETTERS = "PGOALCT."
 """One letter for each of ``COLUMNS`` in a bar."""
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ NOWHERE = ""
 """Outside of every module: the loss, buffers of the schedule, the optimizer."""
 COMMUNICATION = "communication buffers"
 """Kind of a block that another rank's data is put into, or that is sent."""
+KINDS = {"declared.weight_copy": "weight copies"}
+"""Op -> kind of what it makes, where it makes nothing else."""
 
 
 @dataclass(slots=True)
@@ -79,11 +81,13 @@ class Phase:
         events: ``i`` for block ``i`` made, ``~i`` for it released.
         ops: what was run.
         output: block that it leaves to the schedule: what is sent to another pipeline rank.
+        packed: blocks that autograd was given for the backward pass, where ``Recorder.saving`` was asked.
     """
 
     events: list[int] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     output: int | None = None
+    packed: set[int] = field(default_factory=set)
 
 
 TemporaryBytes = Callable[[str, Sequence[Any]], int]
@@ -98,9 +102,15 @@ class Recorder(TorchDispatchMode):
         phase: what is written to now; set it to begin another.
     """
 
-    def __init__(self, temporary_bytes: TemporaryBytes | None = None) -> None:
-        """``temporary_bytes``: what a collective's backend allocates for itself while it runs."""
+    def __init__(self, temporary_bytes: TemporaryBytes | None = None, *, notes_saved: bool = False) -> None:
+        """Begin with nothing.
+
+        Args:
+            temporary_bytes: what a collective's backend allocates for itself while it runs.
+            notes_saved: ``saving`` notes what autograd saves.
+        """
         super().__init__()
+        self._notes_saved = notes_saved
         self._temporary_bytes = temporary_bytes
         self.blocks: list[Block] = []
         self.phase = Phase()
@@ -156,6 +166,27 @@ class Recorder(TorchDispatchMode):
         """The block that holds a tensor's elements; None where it was made outside."""
         return self._alive.get(tensor.untyped_storage()._cdata)
 
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Follow storages that exist already; they are no events until they are released."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._seen and storage.nbytes():
+                self._seen.add(storage._cdata)
+                self._alive[storage._cdata] = len(self.blocks)
+                self.blocks.append(Block(storage.nbytes(), NOWHERE, "found"))
+                weakref.finalize(storage, self._release, storage._cdata)
+
+    def saving(self) -> AbstractContextManager[Any]:
+        """Note in ``phase`` what autograd saves meanwhile, where that is wanted."""
+        if not self._notes_saved:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if (number := self.number(tensor)) is not None:
+            self.phase.packed.add(number)
+        return tensor
+
     def alive(self) -> set[int]:
         """Numbers of all blocks that exist now."""
         return set(self._alive.values())
@@ -172,7 +203,7 @@ class Recorder(TorchDispatchMode):
     def _begin(self, storage: torch.UntypedStorage, module: str, op: str) -> None:
         number = len(self.blocks)
         recomputed = bool(self._stack) and torch._C._current_autograd_node() is not None
-        self.blocks.append(Block(storage.nbytes(), module, op, recomputed))
+        self.blocks.append(Block(storage.nbytes(), module, op, recomputed, kind=KINDS.get(op, "")))
         self._alive[storage._cdata] = number
         self.phase.events.append(number)
 

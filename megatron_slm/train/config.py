@@ -70,6 +70,19 @@ class PrecisionConfig:
     bf16: bool = option(False, "parameters and compute in bfloat16, master weights and moments in fp32")
     fp64: bool = option(False, "parameters, compute and moments in float64: for proofs, not for training")
     accumulate_allreduce_grads_in_fp32: bool = option(True, "gradient buffers and their reduction in fp32 with bf16")
+    fp8: str | None = option(
+        None,
+        "linear layers multiply in FP8 (Transformer Engine, on a GPU): hybrid has gradients in E5M2, the rest in E4M3",
+        choices=("hybrid", "e4m3"),
+        flag="fp8-format",
+    )
+    fp8_recipe: str = option(
+        "delayed",
+        "what shares a scale: a tensor (delayed: by earlier steps; tensorwise: by itself), 128 elements or 128 x 128 of a "
+        "weight (blockwise), 32 elements (mxfp8, Blackwell)",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_param_gather: bool = option(False, "weights of linear layers are kept and gathered in FP8 alone")
 
     @property
     def params_dtype(self) -> str:
@@ -133,6 +146,9 @@ class LogConfig:
     )
     noise_scale_interval: int | None = option(
         None, "steps between measurements of the gradient noise scale; each costs a micro-batch", minimum=1
+    )
+    memory_ledger: bool = option(
+        False, "measure the memory of one early step and write it, beside the prediction, into the run's memory/"
     )
     tensorboard: bool = option(True, "write TensorBoard events into the run's directory")
     progress_bar: bool = option(True, "show a progress bar when standard error is a terminal")
