@@ -22,7 +22,9 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.groups import background_group
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.run_data import Data, identity
+from megatron_slm.replay import capsule, manifest
+from megatron_slm.replay.recorder import Recorder
+from megatron_slm.run_data import Data, data_record, identity
 from megatron_slm.run_validation import evaluation
 from megatron_slm.train import checkpoint, origin, run_directory
 from megatron_slm.train.attribution import investigation
@@ -53,7 +55,8 @@ def build_hooks(
     directory: RunDirectory,
     log: MetricsWriter | None,
 ) -> list[Hook]:
-    """What the log's line shows of the experts, log, memory, averages, measurements, validation, checkpoint.
+    """What the log's line shows of the experts, log, memory, averages, measurements, fingerprints, validation,
+    checkpoint.
 
     At the end they are called in reverse: the save comes first, the log closes last.
     """
@@ -66,10 +69,25 @@ def build_hooks(
         hooks.append(MemoryWatch(plan, directory.path, command, say, rank=dist.get_rank()))
     hooks += [part for part in state.parts.values() if isinstance(part, Hook)]
     hooks += dynamics_hooks(config, plan, log)
+    if config.replay.records:
+        hooks.append(recorder(resolved, data, plan, state, layout=layout, directory=directory))
     if config.train.eval_iters:
         hooks.append(validation_hook(config, data, plan, state, log))
     hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
+
+
+def recorder(
+    resolved: Resolved, data: Data, plan: StepPlan, state: TrainState, *, layout: Layout, directory: RunDirectory
+) -> Recorder:
+    """Records fingerprints; what beside them decides the run's numbers is written here."""
+    folder, rank = directory.path / capsule.FOLDER, dist.get_rank()
+    if rank == 0:
+        found = manifest.run_manifest(resolved, data_record(data), layout, step=state.step)
+        manifest.write(capsule.run_path(folder, state.step), found)
+    own = manifest.rank_manifest(state.chunks, plan.device, rank=rank, step=state.step)
+    manifest.write(capsule.rank_path(folder, rank, state.step), own)
+    return Recorder(resolved.config.replay, folder, rank=rank, world_size=layout.world_size)
 
 
 def memory_command(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,44 @@ def gather_parameters(chunks: Sequence[Any]) -> None:
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)
+
+
+@contextlib.contextmanager
+def before_reduction(chunks: Sequence[Any], listen: Callable[[list[nn.Parameter]], None]) -> Iterator[None]:
+    """For a while, ``listen`` to every group of buckets just before its reduction starts.
+
+    Its parameters' ``main_grad`` are then this rank's own: summed over the micro-batches, not over ranks. Once a step
+    for each group, in the order in which they start. A group of one rank has nothing to reduce and is passed over.
+    """
+    groups = [
+        group
+        for chunk in chunks
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+        if _reducing_group(group).size() > 1
+    ]
+
+    def heard(group: Any, start: Callable[..., None]) -> Callable[..., None]:
+        def start_grad_sync(*arguments: Any, **options: Any) -> None:
+            if group.grad_reduce_handle is None:  # else core's own call returns at once
+                listen([param for bucket in group.buckets for param in bucket.params_list])
+            start(*arguments, **options)
+
+        return start_grad_sync
+
+    for group in groups:
+        group.start_grad_sync = heard(group, group.start_grad_sync)
+    try:
+        yield
+    finally:
+        for group in groups:
+            del group.start_grad_sync
+
+
+def _reducing_group(group: Any) -> Any:
+    """The ranks over which a group of buckets is reduced; core names them by what it does with the result."""
+    if group.ddp_config.use_distributed_optimizer:
+        return group.intra_distributed_optimizer_instance_group
+    return group.data_parallel_group
 
 
 def zero_gradients(chunks: Sequence[Any]) -> None:

@@ -9,8 +9,10 @@ from megatron_slm.config import (
     rules_data,
     rules_dynamics,
     rules_experts,
+    rules_fp8,
     rules_latent,
     rules_layout,
+    rules_replay,
     rules_training,
 )
 from megatron_slm.config.facts import Facts, nearest_divisors
@@ -177,5 +179,7 @@ RULES: tuple[Rule, ...] = (
     *rules_experts.RULES,
     *rules_latent.RULES,
     *rules_training.RULES,
+    *rules_fp8.RULES,
     *rules_dynamics.RULES,
+    *rules_replay.RULES,
 )

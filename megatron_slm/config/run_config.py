@@ -8,6 +8,7 @@ from megatron_slm.config.option import option
 from megatron_slm.data.config import DataConfig, TokenizerConfig
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.replay.config import ReplayConfig
 from megatron_slm.train.config import (
     CheckpointConfig,
     LogConfig,
@@ -35,3 +36,4 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)

@@ -82,6 +82,9 @@ class Hook:
     def before_forward(self, state: Any, inputs: Any) -> None:
         """With the step's ``StepInput``, before its forward pass. Random states must be left as they were."""
 
+    def after_backward(self, state: Any, inputs: Any) -> None:
+        """When forward and backward are over and the gradients reduced, before anybody has judged them."""
+
     def before_update(self, state: Any, inputs: Any) -> None:
         """When the gradients are accepted: reduced, not clipped, in the optimizer's own tensors."""
 

@@ -118,10 +118,7 @@ def train_step(
     random = state.random.capture()
     inputs = next_input()
     loaded = time.perf_counter()
-    for hook in hooks:
-        hook.before_forward(state, inputs)
-    logged = forward_backward(state, plan, inputs)
-    device_seam.synchronize(plan.device.type)
+    logged = _compute(state, plan, inputs, hooks)
     computed = time.perf_counter()
     norm = gradient_norm(state.optimizer)
     troubled = any(hook.in_trouble() for hook in hooks)
@@ -157,6 +154,17 @@ def train_step(
         extra={name: mean for name, mean in agreed.means.items() if name != LOSS},
     )
     return Outcome(result, verdict, inputs, random, agreed.stop, agreed.trouble)
+
+
+def _compute(state: TrainState, plan: StepPlan, inputs: StepInput, hooks: Sequence[Hook]) -> list[dict[str, Tensor]]:
+    """Forward and backward between what the hooks do before and after; the device has finished."""
+    for hook in hooks:
+        hook.before_forward(state, inputs)
+    logged = forward_backward(state, plan, inputs)
+    for hook in hooks:
+        hook.after_backward(state, inputs)
+    device_seam.synchronize(plan.device.type)
+    return logged
 
 
 def _update(

@@ -75,7 +75,7 @@ def test_resolved_yaml_reloads_to_an_equal_configuration(preset: str, tmp_path: 
 
 def _lines_with_a_value(path: Path) -> list[int]:
     sections = tuple(f"{name}:" for name in ("model", "parallel", "precision", "data", "tokenizer", "train"))
-    sections += ("optimizer:", "schedule:", "checkpoint:", "log:")
+    sections += ("optimizer:", "schedule:", "checkpoint:", "log:", "replay:")
     return [number for number, line in enumerate(path.read_text().splitlines()) if line and line not in sections]
 
 

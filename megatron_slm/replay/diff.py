@@ -1,0 +1,214 @@
+"""The first place where two recorded runs of one layout part: step, rank, phase, module, tensor. No torch.
+
+Ranks are compared one to one, frame by frame, up to each rank's first difference. Of the ranks that differ in the first
+step of all, the one whose difference came first in that step is where it began:
+
+    the phase      batch, random states, forward and backward, gradients before and after reduction, optimizer ...
+    within it      the earlier micro-batch; forward the earlier pipeline stage, backward the later; the earlier record
+
+Ranks of one pipeline stage keep their records in one order, so that the numbers of their records compare.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_slm.errors import ConfigError
+from megatron_slm.replay.capsule import Capsule
+from megatron_slm.replay.stream import Flag, Frame, Phase, roots
+
+ORDER = {
+    Phase.BATCH: 0, Phase.RNG: 1, Phase.OUTPUT: 2, Phase.LOSS: 2, Phase.OUTPUT_GRADIENT: 2, Phase.OPERATION: 2,
+    Phase.LOCAL_GRADIENT: 3, Phase.GRADIENT: 4, Phase.OPTIMIZER: 5, Phase.PARAMETER: 6, Phase.STEP: 7,
+}  # fmt: skip
+"""In which order the phases of different ranks can cause one another."""
+DIVIDED = {Phase.GRADIENT, Phase.OPTIMIZER, Phase.PARAMETER}
+"""What the distributed optimizer divides over ranks along the buckets of gradients."""
+WHOLE_PHASE = "(all of the phase: the step was thinned to its roots)"
+
+
+class Key(NamedTuple):
+    """Which record of a frame: ``nth`` of its name, where an operation comes several times."""
+
+    phase: Phase
+    micro_batch: int
+    name: str
+    nth: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first record of a rank that differs.
+
+    Attributes:
+        start: it is not of the step but of the state with which a process began behind it.
+        index: the record's place in the frame.
+        only_in: "first" or "second" where the other run has no such record.
+        previous: the step of the frame before, which was equal in both; None where they have none in common.
+        others: ranks that differ in the same step, but later in it.
+    """
+
+    step: int
+    start: bool
+    rank: int
+    key: Key
+    index: int
+    pipeline_rank: int
+    pipeline_size: int
+    only_in: str | None = None
+    previous: int | None = None
+    others: tuple[int, ...] = ()
+
+    @property
+    def inputs_equal(self) -> bool | None:
+        """Whether what the step began with was equal; None where that was not recorded by both."""
+        return None if self.start or self.previous != self.step - 1 else True
+
+    @property
+    def module(self) -> str:
+        """The module the tensor belongs to: of a parameter's name all but its last part."""
+        name = self.tensor.partition("[")[0]
+        if self.key.phase in (Phase.OUTPUT, Phase.OUTPUT_GRADIENT, Phase.OPERATION) or "." not in name:
+            return name
+        parts = name.split(".")
+        return ".".join(parts[: next((i for i, part in enumerate(parts) if part in ("weight", "bias")), -1)])
+
+    @property
+    def tensor(self) -> str:
+        """The tensor's name without dtype and shape."""
+        return self.key.name.partition(" ")[0]
+
+    def order(self) -> tuple[int, int, int, int, int]:
+        """What sorts the ranks' differences of one step as they came by."""
+        phase, computed = self.key.phase, ORDER[self.key.phase] == ORDER[Phase.OUTPUT]
+        backward = phase is Phase.OUTPUT_GRADIENT
+        stage = 2 * self.pipeline_size - 1 - self.pipeline_rank if backward else self.pipeline_rank
+        return ORDER[phase], self.key.micro_batch if computed else 0, stage if computed else 0, self.index, self.rank
+
+
+def first_divergence(first: Capsule, second: Capsule) -> Divergence | None:
+    """Where the two part; None where every step that both have is equal.
+
+    Raises:
+        ConfigError: other ranks or another layout, so that ranks cannot be compared one to one; or no common step.
+        CheckpointError: a recording is damaged.
+    """
+    stages = pipeline_ranks(first, second)
+    found: list[Divergence] = []
+    compared = 0
+    for rank in first.ranks:
+        divergence, frames = rank_divergence(first, second, rank, (stages[rank], max(stages.values()) + 1))
+        compared += frames
+        if divergence is not None:
+            found.append(divergence)
+    if not compared:
+        raise ConfigError(f"{first.folder} and {second.folder} have no recorded step in common.")
+    if not found:
+        return None
+    earliest = min((one.step, one.start) for one in found)
+    candidates = sorted((one for one in found if (one.step, one.start) == earliest), key=Divergence.order)
+    others = tuple(one.rank for one in candidates[1:])
+    return Divergence(**{**vars(candidates[0]), "others": others})
+
+
+def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
+    """Rank -> pipeline stage, the same in both.
+
+    Raises:
+        ConfigError: the layouts differ.
+    """
+    groups = [capsule.manifest(1)["groups"] for capsule in (first, second)]
+    if groups[0] != groups[1] or first.ranks != second.ranks:
+        layouts = [capsule.manifest(1)["layout"] for capsule in (first, second)]
+        raise ConfigError(
+            f"The runs have other layouts ({_shown(layouts[0])} and {_shown(layouts[1])}): their ranks hold other "
+            "parts of the model and cannot be compared one to one. mslm verify compares a layout with one rank."
+        )
+    return {rank: group.index(rank) for group in groups[0]["pp"] for rank in group}
+
+
+def rank_divergence(
+    first: Capsule, second: Capsule, rank: int, stage: tuple[int, int]
+) -> tuple[Divergence | None, int]:
+    """(a rank's first difference, frames compared); ``stage`` is its pipeline stage and how many there are."""
+    names = first.names(rank), second.names(rank)
+    buckets = [capsule.manifest(1, rank)["buckets"] for capsule in (first, second)]
+    count, previous = 0, None
+    for one, other in common_frames(first.frames(rank), second.frames(rank)):
+        count += 1
+        found = frame_difference(one, other, names, alike=buckets[0] == buckets[1])
+        if found is not None:
+            key, index, only_in = found
+            start = Flag.START in one.flags
+            return Divergence(one.step, start, rank, key, index, *stage, only_in, previous), count
+        previous = one.step
+    return None, count
+
+
+def common_frames(first: Iterator[Frame], second: Iterator[Frame]) -> Iterator[tuple[Frame, Frame]]:
+    """Frames of the same step (or start) in both, in their order; what one of them has alone is passed over."""
+    one, other = next(first, None), next(second, None)
+    while one is not None and other is not None:
+        here, there = (one.step, Flag.START in one.flags), (other.step, Flag.START in other.flags)
+        if here == there:
+            yield one, other
+        if here <= there:
+            one = next(first, None)
+        if there <= here:
+            other = next(second, None)
+
+
+def frame_difference(
+    one: Frame, other: Frame, names: tuple[Sequence[str], Sequence[str]], *, alike: bool = True
+) -> tuple[Key, int, str | None] | None:
+    """(first record that differs, its index, in which run alone it is) of two frames of one step.
+
+    Args:
+        alike: both ranks hold the same parts of everything; else what only one of them holds is passed over.
+    """
+    if Flag.ROOTS in one.flags or Flag.ROOTS in other.flags:
+        return _root_difference(one, other, names)
+    if names[0] == names[1] and np.array_equal(one.records, other.records):
+        return None
+    here, there = _lanes_by_key(one, names[0]), _lanes_by_key(other, names[1])
+    # A run that was recorded at a coarser level has nothing of some phases.
+    phases = {key.phase for key in here} & {key.phase for key in there}
+    whole = phases if alike else phases - DIVIDED
+    for index, (key, lanes) in enumerate(here.items()):
+        if key in there and there[key] != lanes:
+            return key, index, None
+        if key not in there and key.phase in whole:
+            return key, index, "first"
+    for index, key in enumerate(there):
+        if key not in here and key.phase in whole:
+            return key, index, "second"
+    return None
+
+
+def _root_difference(
+    one: Frame, other: Frame, names: tuple[Sequence[str], Sequence[str]]
+) -> tuple[Key, int, str | None] | None:
+    here, there = roots(one, names[0]), dict(roots(other, names[1]))
+    for index, (phase, lanes) in enumerate(here):
+        if phase in there and there[phase] != lanes:
+            return Key(Phase(phase), 0, WHOLE_PHASE, 0), index, None
+    return None
+
+
+def _lanes_by_key(frame: Frame, names: Sequence[str]) -> dict[Key, tuple[int, int]]:
+    found: dict[Key, tuple[int, int]] = {}
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for phase, _, micro_batch, name, lanes in frame.records.tolist():
+        place = phase, micro_batch, name
+        found[Key(Phase(phase), micro_batch, names[name], seen[place])] = tuple(lanes)
+        seen[place] += 1
+    return found
+
+
+def _shown(layout: Mapping[str, Any]) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in layout.items())

@@ -1,0 +1,118 @@
+"""What a comparison and a recording say: for a reader, and as JSON lines. No torch."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+from megatron_slm.replay.capsule import Capsule
+from megatron_slm.replay.cause import Cause
+from megatron_slm.replay.diff import Divergence
+from megatron_slm.replay.stream import Flag, Frame, Phase
+
+SHOWN = 8
+"""Facts that are listed as evidence."""
+
+
+def divergence_text(found: Divergence, why: Cause) -> str:
+    """A paragraph: where, after what, and why."""
+    when = f"the start behind step {found.step}" if found.start else f"step {found.step}"
+    micro_batch = f", micro-batch {found.key.micro_batch}" if found.key.phase in _BY_MICRO_BATCH else ""
+    also = f"; later in it also rank {', '.join(map(str, found.others))}" if found.others else ""
+    lines = [
+        f"first difference: {when}, rank {found.rank}{also}",
+        f"  phase     {phase_name(found.key.phase)}{micro_batch}",
+        f"  module    {found.module}",
+        f"  tensor    {found.key.name}" + (f" (only in the {found.only_in} run)" if found.only_in else ""),
+        f"  inputs    {_inputs(found)}",
+        f"  cause     {why.kind}: {why.why}",
+    ]
+    lines += [f"            {fact}" for fact in why.evidence[:SHOWN]]
+    if len(why.evidence) > SHOWN:
+        lines.append(f"            and {len(why.evidence) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def divergence_json(found: Divergence, why: Cause) -> str:
+    """The same as one JSON line."""
+    record = {
+        "step": found.step,
+        "start": found.start,
+        "rank": found.rank,
+        "phase": phase_name(found.key.phase),
+        "micro_batch": found.key.micro_batch,
+        "module": found.module,
+        "tensor": found.tensor,
+        "record": found.key.name,
+        "index": found.index,
+        "inputs_equal": found.inputs_equal,
+        "only_in": found.only_in,
+        "also_on_ranks": list(found.others),
+        "cause": why.kind,
+        "why": why.why,
+        "evidence": [vars(fact) for fact in why.evidence],
+    }
+    return json.dumps(record, default=str)
+
+
+def capsule_text(capsule: Capsule) -> str:
+    """What was recorded: of each rank its steps and bytes."""
+    manifest = capsule.manifest(1)
+    layout = " x ".join(f"{axis} {size}" for axis, size in manifest["layout"].items())
+    lines = [
+        f"{capsule.folder}: {manifest['config']['replay']['level']}, {manifest['world_size']} ranks ({layout})",
+        f"{'rank':>5} {'steps':>15} {'frames':>7} {'records a step':>15} {'thinned':>8}",
+    ]
+    for rank in capsule.ranks:
+        frames = [frame for frame in capsule.frames(rank) if Flag.START not in frame.flags]
+        steps = f"{frames[0].step} to {frames[-1].step}" if frames else "none"
+        records = len(frames[-1].records) if frames else 0
+        thinned = sum(Flag.ROOTS in frame.flags for frame in frames)
+        lines.append(f"{rank:>5} {steps:>15} {len(frames):>7} {records:>15} {thinned:>8}")
+    return "\n".join(lines)
+
+
+def frame_text(frame: Frame, names: list[str]) -> str:
+    """Every record of a frame, a line each."""
+    flags = f" ({', '.join(str(flag.name).lower() for flag in Flag if flag in frame.flags)})" if frame.flags else ""
+    lines = [f"step {frame.step}{flags}"]
+    for record in frame.records:
+        phase, name = Phase(int(record["phase"])), names[record["name"]] if len(names) else ""
+        first, second = (int(lane) for lane in record["lanes"])
+        shown = f"{first:016x} {second:016x}"
+        if Flag.ROOTS in frame.flags:
+            name = "(root)"
+        elif phase is Phase.STEP:
+            shown = _value(name, first, second)
+        lines.append(f"  {phase_name(phase):<16} {record['micro_batch']:>4}  {shown:<34} {name}")
+    return "\n".join(lines)
+
+
+def phase_name(phase: Phase) -> str:
+    """As it is printed."""
+    return phase.name.lower().replace("_", " ")
+
+
+_BY_MICRO_BATCH = (Phase.BATCH, Phase.OUTPUT, Phase.LOSS, Phase.OUTPUT_GRADIENT)
+
+
+def _inputs(found: Divergence) -> str:
+    if found.inputs_equal is None:
+        return "not known: what the step began with was not recorded by both"
+    return (
+        f"equal: on this rank {found.index} records of the step before it, on every rank what came before, and the "
+        f"state after step {found.step - 1}"
+    )
+
+
+def _value(name: str, first: int, second: int) -> str:
+    if name == "loss":
+        return f"{_float(first):.9g} over {second} tokens"
+    if name == "grad_norm":
+        return f"{_float(first):.9g}, learning rate {_float(second):.9g}"
+    return f"{first} samples, {second} tokens"
+
+
+def _float(bits: int) -> Any:
+    return struct.unpack("<d", struct.pack("<Q", bits))[0]

@@ -1,0 +1,255 @@
+"""Recorded runs: equal runs leave equal bytes on every rank, a planted difference is one record and is named."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm import cli
+from megatron_slm.replay import batches, stream
+from megatron_slm.replay.capsule import Capsule
+from megatron_slm.replay.cause import cause
+from megatron_slm.replay.diff import first_divergence
+from megatron_slm.replay.stream import Flag, Frame, Phase
+from tests import runs
+from tests.ranks import RankFailure
+
+STEPS = 3
+RECORD = ("replay.level=layer", f"train.train_iters={STEPS}", "train.eval_iters=0", "replay.keep_batches=2")
+DP4 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "precision.bf16=true")
+TP2_PP2 = (
+    "parallel.tensor_model_parallel_size=2",
+    "parallel.pipeline_model_parallel_size=2",
+    "parallel.virtual_pipeline_model_parallel_size=2",
+    "parallel.sequence_parallel=true",
+    "train.recompute_granularity=full",
+    "train.recompute_method=uniform",
+    "train.recompute_num_layers=1",
+)
+STRUCK = "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, data: Path) -> Path:
+    """Four data-parallel ranks."""
+    assert runs.train(folder / "plain", data, 4, *RECORD, *DP4) == 0
+    return folder / "plain"
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """Streams and names of every rank."""
+    return {path.name: path.read_bytes() for path in sorted((run / "replay").glob("rank_*")) if path.is_file()}
+
+
+def frame(run: Path, rank: int, step: int) -> Frame:
+    """A rank's frame of a step."""
+    frames = Capsule.of(run).frames(rank)
+    return next(one for one in frames if one.step == step and Flag.START not in one.flags)
+
+
+def differing(first: Path, second: Path, rank: int, step: int) -> list[tuple[Phase, str]]:
+    """Phases and names of the records that differ, in their order."""
+    names = Capsule.of(first).names(rank)
+    pairs = zip(frame(first, rank, step).records, frame(second, rank, step).records, strict=True)
+    return [(Phase(int(one["phase"])), names[one["name"]].split()[0]) for one, other in pairs if one != other]
+
+
+def flip(rank: int, step: int) -> None:
+    """The lowest bit of one element of one rank's own gradient, where it is accumulated."""
+    import torch
+
+    from megatron_slm import run
+    from megatron_slm.train.hook import Hook
+    from megatron_slm.train.optimizer_state import named_parameters
+
+    struck_before: list[bool] = []
+
+    def strike(gradient: Any) -> Any:
+        struck_before.append(True)
+        if len(struck_before) > 1:  # flips in two micro-batches may add up to nothing
+            return gradient
+        struck = gradient.clone()
+        struck.view(-1).view(torch.int16)[5] ^= 1
+        return struck
+
+    class Flip(Hook):
+        def before_forward(self, state: Any, inputs: Any) -> None:
+            if state.step + 1 == step and torch.distributed.get_rank() == rank:
+                self.handle = dict(named_parameters(state.chunks))[STRUCK].register_hook(strike)
+
+        def after_backward(self, state: Any, inputs: Any) -> None:
+            if hasattr(self, "handle"):
+                self.handle.remove()
+
+    build = run.build_hooks
+    run.build_hooks = lambda *given, **named: [*build(*given, **named), Flip()]
+
+
+def spoil_step_4() -> None:
+    """The loss of step 4, which begins after 24 samples, is not finite."""
+    from megatron_slm.data.loader import TrainLoader
+
+    original = TrainLoader.micro_batches
+
+    def spoiled(self: Any, cursor: Any, size: int) -> Any:
+        for batch in original(self, cursor, size):
+            if cursor.consumed_samples == 24:
+                batch["loss_mask"][0, 0] = float("inf")
+            yield batch
+
+    TrainLoader.micro_batches = spoiled  # type: ignore[method-assign]
+
+
+def test_equal_runs_leave_equal_bytes_on_data_parallel_ranks(plain: Path, folder: Path, data: Path) -> None:
+    assert runs.train(folder / "again", data, 4, *RECORD, *DP4) == 0
+    assert len(files(plain)) == 8 and files(folder / "again") == files(plain)
+    assert first_divergence(Capsule.of(plain), Capsule.of(folder / "again")) is None
+    assert cli.main(["replay", "diff", str(plain), str(folder / "again")]) == 0
+
+
+def test_equal_runs_leave_equal_bytes_under_model_parallelism(folder: Path, data: Path) -> None:
+    for name in ("tp2 pp2", "tp2 pp2 again"):
+        assert runs.train(folder / name, data, 4, *RECORD, *TP2_PP2) == 0
+    assert files(folder / "tp2 pp2") == files(folder / "tp2 pp2 again")
+    for rank in range(4):
+        records = frame(folder / "tp2 pp2", rank, 2).records
+        names = Capsule.of(folder / "tp2 pp2").names(rank)
+        noted = [(Phase(int(one["phase"])), names[one["name"]].split()[0], int(one["micro_batch"])) for one in records]
+        assert len(set(noted)) == len(noted), "a recomputed pass is not noted again"
+        outputs = [one[1:] for one in noted if one[0] is Phase.OUTPUT]
+        gradients = [one[1:] for one in noted if one[0] is Phase.OUTPUT_GRADIENT]
+        assert sorted(outputs) == sorted(gradients)
+        layers = {name for name, _ in outputs if name.startswith("decoder.layers.") and name.count(".") == 2}
+        assert len(layers) == 2 and {number for _, number in outputs} == set(range(8))
+        assert any(one[0] is Phase.LOSS for one in noted) == (rank >= 2)
+        phases = {one[0] for one in noted}
+        assert phases >= {Phase.BATCH, Phase.RNG, Phase.GRADIENT, Phase.OPTIMIZER, Phase.PARAMETER, Phase.STEP}
+    assert not any("overwritten" in name for rank in range(4) for name in Capsule.of(folder / "tp2 pp2").names(rank))
+
+
+def test_recording_changes_no_number(plain: Path, folder: Path, data: Path) -> None:
+    assert runs.train(folder / "silent", data, 4, *RECORD, *DP4, "replay.level=none") == 0
+    assert runs.losses(folder / "silent") == runs.losses(plain)
+    assert not (folder / "silent" / "replay").exists()
+
+
+def test_one_flipped_bit_is_one_record_and_is_named(
+    plain: Path, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    struck = folder / "struck"
+    assert runs.train(struck, data, 4, *RECORD, *DP4, plant=partial(flip, 2, 2)) == 0
+    assert [differing(plain, struck, rank, 1) for rank in range(4)] == [[]] * 4
+    for rank in range(4):
+        own = [name for phase, name in differing(plain, struck, rank, 2) if phase <= Phase.LOCAL_GRADIENT]
+        assert own == ([STRUCK] if rank == 2 else [])
+    assert cli.main(["replay", "diff", str(plain), str(struck), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["step"], found["rank"], found["phase"]) == (2, 2, "local gradient")
+    assert (found["tensor"], found["module"]) == (STRUCK, STRUCK.removesuffix(".weight"))
+    assert found["inputs_equal"] is True and found["cause"] == "silent corruption"
+
+
+def test_another_bucket_layout_is_another_order_of_communication(folder: Path, data: Path) -> None:
+    dp3 = (*RECORD, "parallel.overlap_grad_reduce=true", "parallel.use_distributed_optimizer=false")
+    small = ("train.global_batch_size=3", "train.train_iters=1", "replay.level=light")
+    for name, size in (("large buckets", 100_000), ("small buckets", 20_000)):
+        assert runs.train(folder / name, data, 3, *dp3, *small, f"parallel.ddp_bucket_size={size}") == 0
+    first, second = Capsule.of(folder / "large buckets"), Capsule.of(folder / "small buckets")
+    found = first_divergence(first, second)
+    assert found is not None and found.key.phase is Phase.GRADIENT and found.step == 1
+    judged = cause(first, second, found)
+    assert judged.kind == "communication order"
+    assert {"config.parallel.ddp_bucket_size", "buckets"} <= {fact.key for fact in judged.evidence}
+
+
+def test_a_resumed_run_goes_on_recording_the_same(plain: Path, folder: Path, data: Path) -> None:
+    resumed = folder / "resumed"
+    assert runs.train(resumed, data, 4, *RECORD, *DP4, "train.exit_interval=2") == 75
+    assert runs.train(resumed, data, 4, *RECORD, *DP4) == 0
+    frames = [(one.step, one.flags) for one in Capsule.of(resumed).frames(3)]
+    assert frames == [(0, Flag.START), (1, Flag(0)), (2, Flag(0)), (2, Flag.START), (3, Flag(0))]
+    assert first_divergence(Capsule.of(plain), Capsule.of(resumed)) is None
+    assert batches.kept_steps(resumed / "replay", 1) == [2, 3]
+    assert Capsule.of(resumed).manifest(3)["step"] == 2 and Capsule.of(resumed).manifest(2, rank=3)["step"] == 0
+
+
+def test_kept_batches_are_what_was_read(plain: Path) -> None:
+    from megatron_slm.replay.fingerprint import digests
+
+    kept = batches.read(plain / "replay", 2, STEPS)
+    records, names = frame(plain, 2, STEPS).records, Capsule.of(plain).names(2)
+    noted = {
+        (int(one["micro_batch"]), names[one["name"]].split()[0]): one["lanes"].tolist()
+        for one in records
+        if one["phase"] == Phase.BATCH
+    }
+    for number, batch in enumerate(kept):
+        for name, tensor in batch.items():
+            assert digests([tensor])[0].tolist() == noted[number, name]
+
+
+CHANGES = {
+    "learning rate": ("optimizer.lr=4e-4", Phase.PARAMETER, "configuration"),
+    "order of samples": ("data.data_seed=5", Phase.BATCH, "configuration"),
+    "seed": ("train.seed=5", Phase.RNG, "random numbers"),
+}
+
+
+def test_changes_of_the_configuration_are_named(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_rank = (*RECORD, "train.train_iters=2", "replay.level=op", "replay.op_steps=2")
+    assert runs.train(folder / "alone", data, 1, *one_rank) == 0
+    records = frame(folder / "alone", 0, 2).records
+    operations = [record for record in records if record["phase"] == Phase.OPERATION]
+    names = {Capsule.of(folder / "alone").names(0)[one["name"]].split("[")[0] for one in operations}
+    assert "aten.mm.default" in names and len(operations) > 200
+    for name, (change, phase, kind) in CHANGES.items():
+        assert runs.train(folder / name, data, 1, *one_rank, change) == 0
+        first, second = Capsule.of(folder / "alone"), Capsule.of(folder / name)
+        found = first_divergence(first, second)
+        assert found is not None and found.key.phase is phase, name
+        judged = cause(first, second, found)
+        assert judged.kind == kind and change.split("=")[0] in {fact.key[7:] for fact in judged.evidence}
+    assert cli.main(["replay", "diff", str(folder / "alone"), str(folder / "learning rate")]) == 1
+    assert "the learning rates were 0.0003 and 0.0004" in capsys.readouterr().out
+    assert cli.main(["replay", "show", str(folder / "alone"), "--step", "2"]) == 0
+    assert "parameter" in capsys.readouterr().out
+    assert cli.main(["replay", "show", str(folder / "alone")]) == 0
+    assert "op, 1 ranks" in capsys.readouterr().out
+
+
+def test_a_roll_back_and_a_stop_leave_whole_streams(folder: Path, data: Path) -> None:
+    options = ("replay.level=light", "train.train_iters=5", "train.eval_iters=0", "checkpoint.save_interval=2")
+    back = folder / "back"
+    assert runs.train(back, data, 2, *options, "train.non_finite_policy=rollback", plant=spoil_step_4) == 0
+    for rank in range(2):
+        frames = [(one.step, one.flags) for one in Capsule.of(back).frames(rank)]
+        steps = [(step, Flag(0)) for step in range(1, 6)]
+        assert frames == [(0, Flag.START), *steps[:2], (2, Flag.START), *steps[2:]]
+    with pytest.raises(RankFailure, match="step 4"):
+        runs.train(folder / "stopped", data, 2, *options, plant=spoil_step_4)
+    last = list(Capsule.of(folder / "stopped").frames(1))[-1]
+    assert (last.step, last.flags) == (4, Flag.UNFINISHED)
+    assert set(last.records["phase"].tolist()) == {Phase.BATCH, Phase.RNG, Phase.LOSS, Phase.LOCAL_GRADIENT}
+
+
+def test_other_layouts_are_refused(plain: Path, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.train(folder / "one", data, 1, *RECORD, "train.train_iters=1") == 0
+    assert cli.main(["replay", "diff", str(plain), str(folder / "one")]) == 2
+    assert "one to one" in capsys.readouterr().err
+    assert cli.main(["replay", "diff", str(plain), str(folder)]) == 2
+    assert "--record" in capsys.readouterr().err
+    assert stream.ranks_in(plain / "replay") == [0, 1, 2, 3]
