@@ -76,7 +76,7 @@ def kernels_of(config: RunConfig, gpu: str | None) -> Kernels:
         return Kernels(generation="blackwell" if config.precision.fp8_recipe == "mxfp8" else "hopper")
     generation = cluster_of(gpu).architecture
     require_generation(config.precision, generation, gpu)
-    return Kernels(generation=generation) if generation in GEMM_WORKSPACE_BYTES else Kernels()  # type: ignore[arg-type]
+    return Kernels(generation=generation) if generation in GEMM_WORKSPACE_BYTES else Kernels()
 
 
 def job_trace(

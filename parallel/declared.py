@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron.core import utils as core_utils
+from megatron.core.distributed import distributed_data_parallel, param_and_grad_buffer
 from megatron.core.extensions import transformer_engine as extension, transformer_engine_spec_provider
 from megatron.core.fusions import fused_bias_geglu, fused_bias_gelu, fused_bias_swiglu
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import gpt_layer_specs, moe_module_specs
-from megatron.core.optimizer import clip_grads
-from megatron.core.tensor_parallel import layers
-from megatron.core.transformer import attention, multi_latent_attention
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.tensor_parallel import layers, random
+from megatron.core.transformer import attention, multi_latent_attention, multi_token_prediction, transformer_block
+from megatron.core.transformer.moe import experts, moe_layer, moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from packaging.version import Version
 from torch.nn import functional
@@ -32,8 +33,9 @@ from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel import (
     declared_attention,
     declared_experts,
+    declared_fp8,
+    declared_fp8_linear,
     declared_fusions,
-    declared_linear,
     declared_norm,
     declared_rotation,
 )
@@ -113,9 +115,9 @@ def stand_in_packages() -> dict[str, types.ModuleType]:
         "common": {},
         "common.recipe": {"DelayedScaling": object, "Recipe": object},
         "pytorch": {
-            "Linear": declared_linear.Linear,
-            "LayerNormLinear": declared_linear.LayerNormLinear,
-            "GroupedLinear": declared_experts.GroupedLinear,
+            "Linear": declared_fp8_linear.Linear,
+            "LayerNormLinear": declared_fp8_linear.LayerNormLinear,
+            "GroupedLinear": declared_fp8_linear.GroupedLinear,
             "DotProductAttention": declared_attention.DotProductAttention,
             "LayerNorm": declared_norm.LayerNorm,
             "RMSNorm": declared_norm.RMSNorm,
@@ -184,6 +186,7 @@ def declared_kernels(kernels: Kernels | None = None) -> Iterator[None]:
         (geglu, "bias_geglu_back"): declared_fusions.gated_backward,
         (moe_utils, "HAVE_TE"): True,
         **{(moe_utils, name): getattr(declared_experts, name) for name in names},
+        **_in_fp8(te),
     }
     token = KERNELS.set(kernels or Kernels())
     with _replaced(replacements):
@@ -192,6 +195,31 @@ def declared_kernels(kernels: Kernels | None = None) -> Iterator[None]:
         finally:
             KERNELS.reset(token)
             PERSISTENT.clear()
+
+
+def _in_fp8(te: Any) -> dict[tuple[Any, str], Any]:
+    """What core asks for where ``precision.fp8`` is set."""
+    holders = (distributed_data_parallel, param_and_grad_buffer, distrib_optimizer)
+    return {
+        (transformer_block, "get_fp8_context"): declared_fp8.core_context,
+        (multi_token_prediction, "get_fp8_context"): declared_fp8.core_context,
+        (transformer_block, "te_checkpoint"): declared_fp8.checkpoint,
+        (moe_layer, "te_checkpoint"): declared_fp8.checkpoint,
+        (extension, "te_checkpoint"): declared_fp8.checkpoint,
+        (extension, "TELinear"): te.TELinear,
+        (attention, "HAVE_TE"): True,
+        (attention, "TELinear"): te.TELinear,
+        (attention, "set_save_original_input"): extension.set_save_original_input,
+        (experts, "HAVE_TE"): True,
+        (experts, "Fp8Padding"): declared_fp8.Padding,
+        (experts, "Fp8Unpadding"): declared_fp8.Unpadding,
+        **{(room, "is_float8tensor"): declared_fp8.is_in_fp8 for room in holders},
+        (param_and_grad_buffer, "modify_underlying_storage"): declared_fp8.store_in,
+        (distrib_optimizer, "quantize_param_shard"): declared_fp8.quantize_shards,
+        (random, "FP8GlobalStateManager"): declared_fp8.AutocastState,
+        (random, "fp8_autocast"): declared_fp8.AutocastState.again,
+        (random, "activation_recompute_forward"): lambda **ignored: contextlib.nullcontext(),
+    }
 
 
 @contextlib.contextmanager

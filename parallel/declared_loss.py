@@ -1,7 +1,7 @@
 """The cross-entropies of published Megatron runs in the dry world; a run of ours has ``parallel/vocab_loss.py``.
 
 Read from NVIDIA/TransformerEngine v2.11, ``pytorch/{cross_entropy,triton/cross_entropy}.py`` ("te"), and core 0.16.1,
-``fusions/fused_cross_entropy.py`` ("core"), which is run as it is.
+``fusions/fused_cross_entropy.py`` ("core"), which is run as it is, but for what torch.compile makes of it.
 
 Shapes: S sequence, B batch, V_l vocabulary of this tp rank.
 """
@@ -98,8 +98,16 @@ def _ending(function: Any) -> Any:
     return forward
 
 
+def compiled_cross_entropy(logits: Tensor, labels: Tensor, group: Any) -> Tensor:
+    """Core's fused losses, compiled: the exponentials have a buffer of their own before they overwrite the logits."""
+    exponentials = torch.empty_like(logits, dtype=torch.float32)
+    losses: Tensor = fused_vocab_parallel_cross_entropy(logits, labels, group)
+    del exponentials
+    return losses
+
+
 LOSSES = {
     "te": _ending(parallel_cross_entropy),
     "core": _ending(lambda logits, labels, group: vocab_parallel_cross_entropy(logits, labels)),
-    "core fused": _ending(fused_vocab_parallel_cross_entropy),
+    "core fused": _ending(compiled_cross_entropy),
 }

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-NAMESPACE = "declared"
+NAMESPACE, COPY = "declared", "weight_copy"
 SCHEMA = "kernel(str kind, int flops, Tensor[] reads, Tensor[] writes) -> ()"
 
 Generation = Literal["ampere", "hopper", "blackwell"]
@@ -81,6 +81,22 @@ def operator() -> Callable[..., None]:
     register_flop_formula(packet, get_raw=True)(lambda kind, flops, *rest, **options: flops)
     found: Callable[..., None] = packet.default
     return found
+
+
+@functools.cache
+def copy_operator() -> Callable[..., Tensor]:
+    """``torch.ops.declared.weight_copy.default``, by whose name a copy of a weight is known."""
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    library.define(f"{COPY}(Tensor weight, int[] shape) -> Tensor")
+    library.impl(COPY, lambda weight, shape: weight.new_empty(shape, dtype=torch.uint8), "CompositeExplicitAutograd")
+    _LIBRARIES.append(library)
+    found: Callable[..., Tensor] = torch.ops.declared.weight_copy.default
+    return found
+
+
+def weight_copy(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """A kernel that writes bytes of a new tensor, which is kept beside the weight that it is made of."""
+    return copy_operator()(weight, list(shape))
 
 
 _LIBRARIES: list[torch.library.Library] = []  # an operator goes with the object that defined it

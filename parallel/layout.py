@@ -106,6 +106,20 @@ class Layout:
         return self.expert_tp_size * self.expert_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
+    def communicators(self) -> int:
+        """NCCL communicators that a rank opens: one for each group of more than one rank that exchanges."""
+        ep = self.expert_model_parallel_size
+        sizes = [
+            self.tensor_model_parallel_size,
+            self.context_parallel_size,
+            self.data_parallel_size * self.context_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.world_size,
+            *((ep, self.expert_tp_size * ep, self.expert_sizes["edp"]) if ep > 1 else ()),
+        ]
+        return sum(size > 1 for size in sizes)
+
+    @property
     def vpp_size(self) -> int:
         """Model chunks per pipeline rank, 1 without interleaving."""
         return self.virtual_pipeline_model_parallel_size or 1

@@ -6,6 +6,7 @@ Experts get an even share of tokens, as in the dry world: where a router sends i
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_slm.config.run_config import RunConfig
 
-BUILT, STEP = "everything is built", "the measured step"
+STEP = "the measured step"
+STEPS = 3
+"""The least of them counts: a tensor that a thread of gloo is the last to hold is released where the profiler does not
+see it, which adds to a step now and then, and never takes away."""
 QUEUED = (
-    "allreduce", "allgather", "_allgather_base", "reduce_scatter", "_reduce_scatter_base", "alltoall", "alltoall_base",
-    "broadcast", "allgather_into_tensor_coalesced", "reduce_scatter_tensor_coalesced",
+    "allreduce", "allgather", "all_gather_single", "all_gather_single_coalesced", "all_to_all_single", "alltoall",
+    "broadcast", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
 )  # fmt: skip
 """Collectives of a process group that gloo's threads work on; sends and receives are not among them."""
 
@@ -30,14 +34,13 @@ class Measured(NamedTuple):
     """One rank's step.
 
     Attributes:
-        built_bytes, peak_bytes: from torch's profiler: what exists when all is built, and the most in the step.
+        peak_bytes: the storages that a step finds, and the most beside them, from torch's profiler.
         static: (kind, module) -> bytes between steps, by their storages.
         saved: (chunk, layer) -> bytes that autograd holds of one micro-batch, by its saved-tensor hooks.
         recorded_peak_bytes: of another step, from the recorder of ``mslm train --memory-ledger``.
         recorded: kind -> bytes at that moment.
     """
 
-    built_bytes: int
     peak_bytes: int
     static: dict[tuple[str, str], int]
     saved: dict[tuple[int, str], int]
@@ -46,22 +49,24 @@ class Measured(NamedTuple):
 
 
 def measured(config: RunConfig) -> Measured:
-    """Build this rank and take three steps: one that leaves what later ones find, one for each instrument."""
+    """Build this rank and take steps: one that leaves what later ones find, the others for the two instruments."""
     from megatron_slm import run
     from megatron_slm.memory.measure import StepRecorder
     from megatron_slm.parallel.groups import build_groups, is_last_pipeline_rank
 
     route_evenly()
     groups = build_groups(config.parallel)
-    with settled(), profile(profile_memory=True, activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
-        built = run.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
-        plan = run.step_plan(config, groups, torch.device("cpu"))
-        with record_function(BUILT):
-            take_step(config, built, plan)
-        with record_function(STEP):
-            take_step(config, built, plan)
-    existing, peak = profiled_bytes(profiler)
+    before = existing_bytes()  # of the calls that came before this one
+    built = run.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
+    plan = run.step_plan(config, groups, torch.device("cpu"))
+    take_step(config, built, plan)
+    existing = existing_bytes() - before
     recorder = StepRecorder(built.chunks, built.optimizer)
+    with settled(), profile(profile_memory=True, activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        for _ in range(STEPS):
+            with record_function(STEP):
+                take_step(config, built, plan)
+    peak = existing + profiled_bytes(profiler)
     with recorder:
         take_step(config, built, plan)
     found = recorder.measurement(dist.get_rank(), groups.pp.rank(), ends_model=is_last_pipeline_rank(groups))
@@ -71,7 +76,18 @@ def measured(config: RunConfig) -> Measured:
     kinds: dict[str, int] = {}
     for row in found.rows:
         kinds[row.kind] = kinds.get(row.kind, 0) + row.size
-    return Measured(existing, peak, static, found.saved, found.peak_bytes, kinds)
+    return Measured(peak, static, found.saved, found.peak_bytes, kinds)
+
+
+def existing_bytes() -> int:
+    """Bytes of every storage of this process."""
+    from megatron_slm.memory.measure import existing_tensors
+    from megatron_slm.memory.trace import Recorder
+
+    gc.collect()
+    recorder = Recorder()
+    recorder.adopt(existing_tensors("cpu"))
+    return sum(block.size for block in recorder.blocks)
 
 
 def take_step(config: RunConfig, built: Any, plan: Any) -> None:
@@ -92,37 +108,49 @@ def take_step(config: RunConfig, built: Any, plan: Any) -> None:
     apply_update(built.optimizer, gradient_norm(built.optimizer))
 
 
-def profiled_bytes(profiler: Any) -> tuple[int, int]:
-    """Bytes when all was built, and the most in the measured step, from the profiler's memory events.
+def profiled_bytes(profiler: Any) -> int:
+    """The most bytes that the leanest measured step had beside what it found, from the profiler's memory events.
 
     What a collective allocates for itself, gloo's threads release, where the profiler does not see it: it is over when
     the collective is (``settled``).
     """
     from torch._C._profiler import _EventType
 
-    spans: dict[str, tuple[int, int]] = {}
+    steps: list[tuple[int, int]] = []
     events: list[tuple[int, int, int, bool]] = []
     open_events = [(event, False) for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while open_events:
         event, is_inside = open_events.pop()
         if event.tag == _EventType.Allocation:
             events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, is_inside))
-        elif event.name in (BUILT, STEP):
-            spans[event.name] = event.start_time_ns, event.end_time_ns
+        elif event.name == STEP:
+            steps.append((event.start_time_ns, event.end_time_ns))
         is_inside = is_inside or event.name.startswith(("c10d::", "gloo:"))
         open_events += [(child, is_inside) for child in event.children]
+    events.sort()
+    return min(_most([event for event in events if begin <= event[0] <= end]) for begin, end in steps)
+
+
+def _most(events: list[tuple[int, int, int, bool]]) -> int:
+    """The most bytes alive at once, beside those that were alive before the events."""
     alive: dict[int, tuple[int, bool]] = {}
-    current = built = peak = 0
-    for moment, pointer, size, is_inside in sorted(events):
+    given_up: set[int] = set()
+    current = peak = 0
+    for _, pointer, size, is_inside in events:
         if not is_inside:
-            current -= sum(alive.pop(key)[0] for key in [key for key, (_, passing) in alive.items() if passing])
-        current -= alive.pop(pointer, (0, False))[0]
+            passing = [key for key, (_, passes) in alive.items() if passes]
+            current -= sum(alive.pop(key)[0] for key in passing)
+            given_up.update(passing)
+        if pointer in alive or size > 0 or pointer in given_up:
+            current -= alive.pop(pointer, (0, False))[0]
+            given_up.discard(pointer)
+        else:
+            current += size  # from before is released
         if size > 0:
             alive[pointer] = size, is_inside
             current += size
-        built = current if moment < spans[BUILT][0] else built
-        peak = max(peak, current) if spans[STEP][0] <= moment <= spans[STEP][1] else peak
-    return built, peak
+        peak = max(peak, current)
+    return peak
 
 
 def route_evenly() -> None:
@@ -174,7 +202,7 @@ def _settling(collective: Callable[..., Any], done: Callable[[], Any]) -> Callab
         while any(references(tensor) > count for tensor, count in zip(tensors, before, strict=True)):
             if time.monotonic() > end:
                 raise TimeoutError(f"gloo does not let go of the tensors of {collective.__name__}")
-            time.sleep(0)
+            time.sleep(0.0002)
         return done()
 
     return call

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, path_of, resolve, violations_of
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
+from megatron_slm.parallel.fp8 import require_engine
 
 if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
@@ -47,6 +48,8 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     for_gpu = not own.cpu and config.parallel.device != "cpu"
     if own.gpu is not None and not for_gpu:
         raise ConfigError(f"--gpu {own.gpu} with CPU ranks (--cpu, parallel.device=cpu): leave one of them out.")
+    if not for_gpu:
+        require_engine(config.precision, "cpu")
     from megatron_slm.parallel.device import preload
 
     preload("cpu")

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,8 @@ def plan(name: str, tokens: Sequence[str]) -> int:
     resolved, preset = _model(own.model, rest)
     question, notes = _question(own, resolved)
     space = Space.of(question.config, question.cluster.gpus, question.cluster.gpus_per_node)
-    found = search(question, space, estimate, allow_tight=own.tight, top=max(own.top, own.trace, 1))
+    memory_of = partial(estimate, architecture=question.cluster.architecture)
+    found = search(question, space, memory_of, allow_tight=own.tight, top=max(own.top, own.trace, 1))
     found = _traced(found, question, own.trace, own.tight)
     if own.json:
         print(report.to_json(found, question, own.top, own.price, notes))
@@ -114,6 +116,7 @@ def _model(model: str, rest: Sequence[str]) -> tuple[Resolved, str | None]:
 
 def _question(own: argparse.Namespace, resolved: Resolved) -> tuple[Question, list[str]]:
     """The job on the cluster, and what was assumed."""
+    from megatron_slm.plan.cost import FP8_SHARE
     from megatron_slm.plan.predict import Question
     from megatron_slm.plan.rates import rates_of
 
@@ -133,6 +136,11 @@ def _question(own: argparse.Namespace, resolved: Resolved) -> tuple[Question, li
         size = max(1, round(TOKENS_OF_A_STEP / config.model.seq_length / cluster.gpus)) * cluster.gpus
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=size))
         notes.append(f"train.global_batch_size is not given: {size} is taken, a multiple of the GPUs near 4 Mi tokens.")
+    if config.precision.fp8 is not None:
+        notes.append(
+            f"products in FP8 are taken to reach {FP8_SHARE:g} times the share of their peak that bf16 reaches of its "
+            "own: fitted on H100 (docs/plan.md), not measured here."
+        )
     return Question(config, cluster, rates_of(cluster.architecture, own.rates)), notes
 
 

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from megatron_slm.config.load import value_of
 from megatron_slm.config.rules import violations
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.config.values import show
+from megatron_slm.errors import ConfigError
 from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.report import gib
+from megatron_slm.train.config import PrecisionConfig
 
 LedgersOf = Callable[[RunConfig], list[Ledger]]
 SecondsOf = Callable[[RunConfig], float]
@@ -57,9 +60,12 @@ def changes(config: RunConfig, ledgers_of: LedgersOf, seconds_of: SecondsOf | No
         changed = with_values(config, candidate.values)
         if violations(changed):
             continue
-        after = _peak(ledgers_of(changed))
-        if after.size < before.size:
+        try:
+            after = _peak(ledgers_of(changed))
             added = seconds_of(changed) - seconds if seconds_of is not None and seconds is not None else None
+        except ConfigError:  # this GPU has no such format, or its rates are not known
+            continue
+        if after.size < before.size:
             found.append(Change(candidate, after.size, before.size - after.size, added, after.verdict))
     order = {"fits": 0, "tight": 1, "": 1, "does not fit": 2}
     return sorted(found, key=lambda one: (order[one.verdict], one.added_seconds or 0.0, -one.saved_bytes))
@@ -105,8 +111,27 @@ def candidates(config: RunConfig) -> Iterator[Candidate]:
         yield Candidate("divide the optimizer", {"parallel.use_distributed_optimizer": True})
     if not config.precision.bf16:
         yield Candidate("train in bf16", {"precision.bf16": True})
-    elif config.precision.accumulate_allreduce_grads_in_fp32:
-        yield Candidate("gradients in bf16", {"precision.accumulate_allreduce_grads_in_fp32": False})
+    else:
+        if config.precision.accumulate_allreduce_grads_in_fp32:
+            yield Candidate("gradients in bf16", {"precision.accumulate_allreduce_grads_in_fp32": False})
+        yield from _in_fp8(config)
+
+
+def _in_fp8(config: RunConfig) -> Iterator[Candidate]:
+    """FP8 copies of weights are more than FP8 saves of activations, where few tokens are in flight."""
+    precision, plain = config.precision, PrecisionConfig()
+    if precision.fp8 is None:
+        recipe = {"precision.fp8": "hybrid", "precision.fp8_recipe": "tensorwise"}
+        yield Candidate("products in FP8", recipe)
+        yield Candidate("products and weights in FP8", {**recipe, "precision.fp8_param_gather": True})
+        return
+    names = ("fp8", "fp8_recipe", "fp8_param_gather")
+    changed = {f"precision.{name}": getattr(plain, name) for name in names}
+    yield Candidate(
+        "products in bf16", {key: value for key, value in changed.items() if value_of(config, key) != value}
+    )
+    if not precision.fp8_param_gather:
+        yield Candidate("weights in FP8", {"precision.fp8_param_gather": True})
 
 
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:

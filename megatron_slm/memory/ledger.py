@@ -11,7 +11,7 @@ from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.replay import Timeline, alive_at_worst, saved_blocks
 from megatron_slm.memory.schedule import BACKWARD, FORWARD
 from megatron_slm.memory.static import WORKSPACE
-from megatron_slm.memory.trace import COMMUNICATION, Block
+from megatron_slm.memory.trace import COMMUNICATION, COPIES, Block
 from megatron_slm.train.layer_norms import part_of
 
 ACTIVATIONS, RECOMPUTED, LOGITS, ROUNDING = ("activations", "recompute", "logits and loss", "allocator rounding")
@@ -135,6 +135,8 @@ def _dynamic(trace: RankTrace, timeline: Timeline, surroundings: Surroundings | 
         size = copies * block.size
         layer = part_of(block.module) if block.module else ""
         low, high = round(size * (1 - error)), round(size * (1 + error))
+        if kind == COPIES:  # known to the byte, and there for good
+            low, high, begins, ends = size, size, 0, len(timeline.moments) - 1
         place = (trace.rank, trace.pipeline_rank, chunk)
         rows.append(Row(*place, layer, block.module, kind, size, low, high, begins, ends))
     return rows

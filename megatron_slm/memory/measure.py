@@ -73,7 +73,7 @@ class StepRecorder(Recorder):
         super().__init__(gloo_temporary_bytes, notes_saved=True)
         self.names: dict[nn.Module, str] = module_names(chunks)
         self._roots = {unwrap(chunk): index for index, chunk in enumerate(chunks)}
-        self.adopt(_existing_tensors(next(chunks[0].parameters()).device.type))
+        self.adopt(existing_tensors(next(chunks[0].parameters()).device.type))
         self.static = static_parts(chunks, optimizer, self)
         self._static_blocks = {part.block for part in self.static}
         self._passes = [_Pass(0, 0, is_forward=False)]
@@ -121,8 +121,7 @@ class StepRecorder(Recorder):
         for number in alive - self._static_blocks:
             block = self.blocks[number]
             kind = kind_of(block, saved=number in passes, ends_model=ends_model)
-            layer = part_of(block.module) if block.module else ""
-            rows.append(_row(rank, pipeline_rank, passes.get(number, 0), layer, block.module, kind, block.size))
+            rows.append(_row(rank, pipeline_rank, passes.get(number, 0), block.module, kind, block.size))
         return Measurement(rank, pipeline_rank, merged(rows), self.saved(), peak, static)
 
     def _worst(self) -> tuple[set[int], int]:
@@ -172,17 +171,15 @@ class StepRecorder(Recorder):
 
 def static_rows(static: Iterable[StaticPart], rank: int, pipeline_rank: int) -> list[Row]:
     """A row for every part."""
-    return [
-        _row(rank, pipeline_rank, part.chunk, part_of(part.module), part.module, part.kind, part.size)
-        for part in static
-    ]
+    return [_row(rank, pipeline_rank, part.chunk, part.module, part.kind, part.size) for part in static]
 
 
-def _row(rank: int, pipeline_rank: int, chunk: int, layer: str, module: str, kind: str, size: int) -> Row:
+def _row(rank: int, pipeline_rank: int, chunk: int, module: str, kind: str, size: int) -> Row:
+    layer = part_of(module) if module else ""
     return Row(rank, pipeline_rank, chunk, layer, module, kind, size, size, size, 0, 0)
 
 
-def _existing_tensors(device: str) -> list[Tensor]:
+def existing_tensors(device: str) -> list[Tensor]:
     """Every tensor of a device that Python knows."""
     was_frozen = gc.get_freeze_count() > 0  # the loop freezes what outlives a step, and ``get_objects`` leaves it out
     gc.unfreeze()
@@ -198,13 +195,13 @@ def allocator_measurement(chunks: list[Any], optimizer: Any, *, rank: int, pipel
     The peak is the most since the run began: a step's, unless something else needed more.
     """
     storages = Recorder()
-    storages.adopt(_existing_tensors("cuda"))
+    storages.adopt(existing_tensors("cuda"))
     parts = static_parts(chunks, optimizer, storages)
     static = [part for part in parts if part.kind != WORKSPACE]
     statistics = torch.cuda.memory_stats()
     peak = int(statistics["allocated_bytes.all.peak"])
     held = sum(part.size for part in static)
     rows = [*static_rows(static, rank, pipeline_rank)]
-    rows.append(_row(rank, pipeline_rank, 0, "", "", EVERYTHING_ELSE, peak - held))
+    rows.append(_row(rank, pipeline_rank, 0, "", EVERYTHING_ELSE, peak - held))
     reserved = int(statistics["reserved_bytes.all.peak"])
     return Measurement(rank, pipeline_rank, merged(rows), {}, peak, held, reserved)

@@ -89,11 +89,12 @@ def why(one: Ledger) -> str:
         "finish": "while gradients are reduced",
         "update": "in the optimizer's update",
     }[turn.name]
+    copies = columns(one)["weight copies"]
     lines = [
         f"pipeline stage {one.pipeline_rank}, rank {one.rank}: {gib(one.allocated)} GiB are allocated at the worst "
         f"moment, {when} (turn {timeline.worst + 1} of {len(timeline.moments)}).",
-        f"  between steps {gib(timeline.static_bytes)} GiB; micro-batches in flight when it begins: {held}, "
-        f"{gib(worst.start_bytes - timeline.static_bytes)} GiB; this turn adds "
+        f"  between steps {gib(timeline.static_bytes + copies)} GiB; micro-batches in flight when it begins: {held}, "
+        f"{gib(worst.start_bytes - timeline.static_bytes - copies)} GiB; this turn adds "
         f"{gib(worst.peak_bytes - worst.start_bytes)} GiB",
     ]
     dynamic: Counter[tuple[str, str]] = Counter()

@@ -12,9 +12,10 @@ from megatron_slm.memory.capacity import Surroundings
 from megatron_slm.memory.ledger import Ledger, Row, ledger
 from megatron_slm.memory.rank import RankTrace
 from megatron_slm.memory.replay import replay
+from megatron_slm.memory.routing import with_hot_experts
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
-from megatron_slm.parallel.layout import chunk_layers, layer_split
+from megatron_slm.parallel.layout import Layout, chunk_layers, layer_split
 
 Tracer = Callable[[int], RankTrace]
 """The trace of a rank of the world."""
@@ -78,27 +79,14 @@ def ledgers(
             traces[role.like] = tracer(role.like * (world_size // config.parallel.pipeline_model_parallel_size))
         trace = replace(traces[role.like], rank=role.rank, pipeline_rank=role.pipeline_rank)
         whole = ledger(trace, replay(trace), surroundings)
-        found.append(replace(whole, rows=[_shifted(row, role.shift) for row in whole.rows]))
+        rows = with_hot_experts([_shifted(row, role.shift) for row in whole.rows], config)
+        found.append(replace(whole, rows=rows))
     return found
 
 
 def communicators(parallel: ParallelConfig, world_size: int) -> int:
-    """NCCL communicators that a rank of the job opens: one for each group of more than one rank that exchanges."""
-    dp = world_size // parallel.model_parallel_size
-    sizes = {
-        "tp": parallel.tensor_model_parallel_size,
-        "cp": parallel.context_parallel_size,
-        "dp x cp": dp * parallel.context_parallel_size,
-        "pp": parallel.pipeline_model_parallel_size,
-        "ep": parallel.expert_model_parallel_size,
-        "world": world_size,
-    }
-    if parallel.expert_model_parallel_size > 1:
-        sizes["tp x ep"] = parallel.expert_tp_size * parallel.expert_model_parallel_size
-        sizes["expert dp"] = (
-            dp * parallel.tensor_model_parallel_size * parallel.context_parallel_size // sizes["tp x ep"]
-        )
-    return sum(size > 1 for size in sizes.values())
+    """NCCL communicators that a rank of the job opens (``Layout.communicators``)."""
+    return Layout.from_config(parallel, world_size).communicators
 
 
 def _content(model: ModelConfig, held: list[list[range]], stage: int) -> object:

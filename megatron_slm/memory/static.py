@@ -26,7 +26,7 @@ class StaticPart(NamedTuple):
     Attributes:
         block: number of the storage.
         chunk: of the rank.
-        kind: PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE.
+        kind: PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE, or what the block says of itself ("weight copies").
         module: global name; "padding" is what a buffer has beyond its parameters.
     """
 
@@ -51,7 +51,7 @@ def static_parts(chunks: list[Any], optimizer: Any, recorder: Recorder) -> list[
         parts.append(StaticPart(number, chunk, kind, module, size))
     for number, size in left.items():
         if size:
-            chunk, kind = owners.get(number, (0, WORKSPACE))
+            chunk, kind = owners.get(number, (0, recorder.blocks[number].kind or WORKSPACE))
             module = PADDING if number in owners else recorder.blocks[number].module
             parts.append(StaticPart(number, chunk, kind, module, size))
     return parts
@@ -65,7 +65,7 @@ def _named_tensors(chunks: list[Any], optimizer: Any) -> Iterator[tuple[int, str
         for name, param in named_parameters([chunk])
     }
     for param, (chunk, module) in owners.items():
-        yield chunk, PARAMETERS, module, param
+        yield chunk, PARAMETERS, module, getattr(param, "stored", param)  # a parameter in FP8 has its bytes there
         if (gradient := getattr(param, "main_grad", None)) is not None:
             yield chunk, GRADIENTS, module, gradient
     for inner in inner_optimizers(optimizer):

@@ -25,7 +25,9 @@ NOWHERE = ""
 """Outside of every module: the loss, buffers of the schedule, the optimizer."""
 COMMUNICATION = "communication buffers"
 """Kind of a block that another rank's data is put into, or that is sent."""
-KINDS = {"declared.weight_copy": "weight copies"}
+COPIES = "weight copies"
+"""Kind of what is kept of a weight in another format."""
+KINDS = {"declared.weight_copy": COPIES}
 """Op -> kind of what it makes, where it makes nothing else."""
 
 

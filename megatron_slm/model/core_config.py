@@ -19,7 +19,6 @@ def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, train: TrainConfig, *, device: str
 ) -> TransformerConfig:
     """Core's configuration of one rank's model. Derived values (head dimension, MLP width) are resolved here once."""
-    dtype = getattr(torch, precision.params_dtype)
     kind = MLATransformerConfig if model.multi_latent_attention else TransformerConfig
     return kind(
         num_layers=model.num_layers,
@@ -43,10 +42,7 @@ def transformer_config(
         init_method=leave_as_is,
         output_layer_init_method=leave_as_is,
         embedding_init_method=leave_as_is,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        autocast_dtype=dtype,
-        bf16=precision.bf16,
+        **format_options(precision, device),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.vpp_size if parallel.vpp_size > 1 else None,
@@ -75,6 +71,16 @@ def transformer_config(
         **prediction_options(model),
         **expert_options(model, parallel, precision),
     )
+
+
+def format_options(precision: PrecisionConfig, device: str) -> dict[str, Any]:
+    """What core has to hear of number formats. CPU ranks read in bf16 what a GPU has trained in FP8."""
+    dtype = getattr(torch, precision.params_dtype)
+    options = {"params_dtype": dtype, "pipeline_dtype": dtype, "autocast_dtype": dtype, "bf16": precision.bf16}
+    if precision.fp8 is None or device != "cuda":
+        return options
+    fp8 = {"fp8": precision.fp8, "fp8_recipe": precision.fp8_recipe, "fp8_param": precision.fp8_param_gather}
+    return options | fp8
 
 
 def context_options(parallel: ParallelConfig) -> dict[str, Any]:

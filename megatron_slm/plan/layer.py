@@ -6,13 +6,17 @@ program differs (older Megatrons in published tables, for instance). Letters as 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.model.config import ModelConfig
-from megatron_slm.plan.ops import ELEMENT, MAIN_GRADIENT, Attention, Exchange, Gemm, Op, Pass, Streaming
+from megatron_slm.plan.ops import ELEMENT, FP8_ELEMENT, MAIN_GRADIENT, Attention, Exchange, Gemm, Op, Pass, Streaming
+
+COPIED = ELEMENT + 2 * FP8_ELEMENT
+"""Bytes of an element that is copied to FP8: read once, written along the rows and along the columns."""
 
 UNFUSED_NORM = 7
 """Bytes of a norm made of element-wise kernels, by those of one kernel: cast, square, mean, scale, cast back."""
@@ -41,6 +45,12 @@ class Kernels:
     update, master weight and moments (each twice), the half-precision weight."""
     gradient_bytes: int = 4
     """Of one element in the reduction over data-parallel ranks."""
+    fp8: bool = False
+    """Linear layers multiply in FP8, but for the router and the output layer."""
+
+    def in_bf16(self) -> Kernels:
+        """The same where FP8 does not reach."""
+        return dataclasses.replace(self, fp8=False)
 
 
 @dataclass(frozen=True)
@@ -77,12 +87,17 @@ class Shape:
 
 
 class Linear(NamedTuple):
-    """A linear layer: its product, the gradients of input and weight, and what adds up the latter."""
+    """A linear layer: its product, the gradients of input and weight, and what adds up the latter.
+
+    In FP8 its input, and the gradient of its output, are copied first.
+    """
 
     product: Gemm
     dgrad: Gemm
     wgrad: Gemm
     accumulation: tuple[Streaming, ...]
+    copied: tuple[Streaming, ...] = ()
+    gradient_copied: tuple[Streaming, ...] = ()
 
 
 def layer_pass(config: RunConfig, *, moe: bool, kernels: Kernels) -> Pass:
@@ -102,53 +117,72 @@ def layer_pass(config: RunConfig, *, moe: bool, kernels: Kernels) -> Pass:
     return layer.recomputed() if train.recompute_granularity == "full" else layer
 
 
+def recomputed_layers(config: RunConfig, layers: range) -> range:
+    """Those of a chunk's layers that are recomputed whole: core's "block" takes the first few."""
+    train = config.train
+    if train.recompute_granularity != "full":
+        return layers[:0]
+    return layers[: train.recompute_num_layers] if train.recompute_method == "block" else layers
+
+
+def without_recomputation(config: RunConfig) -> RunConfig:
+    """The same, of a layer that "block" leaves out."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, recompute_granularity=None))
+
+
 def linear(name: str, m: int, n: int, k: int, kernels: Kernels, count: int = 1) -> Linear:
     """A linear layer of ``n`` x ``k`` weights over ``m`` tokens, ``count`` times."""
-    fused = kernels.accumulates_in_product
+    fused, fp8 = kernels.accumulates_in_product, kernels.fp8
     added = () if fused else (Streaming(f"{name} accumulation", float(count * n * k * (ELEMENT + 2 * MAIN_GRADIENT))),)
     return Linear(
-        Gemm(name, m, n, k, count),
-        Gemm(f"{name} dgrad", m, k, n, count),
-        Gemm(f"{name} wgrad", n, k, m, count, accumulates=fused),
+        Gemm(name, m, n, k, count, fp8=fp8),
+        Gemm(f"{name} dgrad", m, k, n, count, fp8=fp8),
+        Gemm(f"{name} wgrad", n, k, m, count, accumulates=fused, fp8=fp8),
         added,
+        (Streaming(f"{name} input in FP8", float(count * m * k * COPIED)),) if fp8 else (),
+        (Streaming(f"{name} gradient in FP8", float(count * m * n * COPIED)),) if fp8 else (),
     )
 
 
 def column_parallel(name: str, n: int, k: int, shape: Shape, kernels: Kernels) -> Pass:
     """A linear layer whose ``n`` outputs are divided over tp."""
-    product, dgrad, wgrad, added = linear(name, shape.tokens, n // shape.tp, k, kernels)
+    product, dgrad, wgrad, added, copied, back = linear(name, shape.tokens, n // shape.tp, k, kernels)
     if shape.tp == 1:
-        return Pass((product,), (dgrad, wgrad, *added))
+        return Pass((*copied, product), (*back, dgrad, wgrad, *added))
     full = float(ELEMENT * shape.tokens * k)
     behind = wgrad if kernels.hides_input_gradient_exchange else None
     if not shape.sequence_parallel:
-        return Pass((product,), (dgrad, Exchange(f"{name} dgrad", "all_reduce", "tp", full, behind), wgrad, *added))
-    gather = Exchange(f"{name} input", "all_gather", "tp", full, product if kernels.hides_tensor_exchange else None)
-    again = Exchange(f"{name} input again", "all_gather", "tp", full, dgrad if behind else None)
+        exchange = Exchange(f"{name} dgrad", "all_reduce", "tp", full, behind)
+        return Pass((*copied, product), (*back, dgrad, exchange, wgrad, *added))
+    inputs = float((FP8_ELEMENT if kernels.fp8 else ELEMENT) * shape.tokens * k)
+    gather = Exchange(f"{name} input", "all_gather", "tp", inputs, product if kernels.hides_tensor_exchange else None)
+    again = Exchange(f"{name} input again", "all_gather", "tp", inputs, dgrad if behind else None)
     return Pass(
-        (gather, product),
-        (again, dgrad, Exchange(f"{name} dgrad", "reduce_scatter", "tp", full, behind), wgrad, *added),
+        (*copied, gather, product),
+        (*back, again, dgrad, Exchange(f"{name} dgrad", "reduce_scatter", "tp", full, behind), wgrad, *added),
     )
 
 
 def row_parallel(name: str, n: int, k: int, shape: Shape, kernels: Kernels) -> Pass:
     """A linear layer whose ``k`` inputs are divided over tp."""
-    product, dgrad, wgrad, added = linear(name, shape.tokens, n, k // shape.tp, kernels)
+    product, dgrad, wgrad, added, copied, back = linear(name, shape.tokens, n, k // shape.tp, kernels)
     if shape.tp == 1:
-        return Pass((product,), (dgrad, wgrad, *added))
+        return Pass((*copied, product), (*back, dgrad, wgrad, *added))
     full = float(ELEMENT * shape.tokens * n)
     if not shape.sequence_parallel:
-        return Pass((product, Exchange(f"{name} output", "all_reduce", "tp", full)), (dgrad, wgrad, *added))
+        exchange = Exchange(f"{name} output", "all_reduce", "tp", full)
+        return Pass((*copied, product, exchange), (*back, dgrad, wgrad, *added))
     hidden = kernels.hides_tensor_exchange
     scatter = Exchange(f"{name} output", "reduce_scatter", "tp", full, product if hidden else None)
-    gather = Exchange(f"{name} gradient", "all_gather", "tp", full, dgrad if hidden else None)
-    return Pass((product, scatter), (gather, dgrad, wgrad, *added))
+    gradient = float((FP8_ELEMENT if kernels.fp8 else ELEMENT) * shape.tokens * n)
+    gather = Exchange(f"{name} gradient", "all_gather", "tp", gradient, dgrad if hidden else None)
+    return Pass((*copied, product, scatter), (*back, gather, dgrad, wgrad, *added))
 
 
 def replicated(name: str, m: int, n: int, k: int, kernels: Kernels) -> Pass:
     """A linear layer that every tp rank holds whole, over ``m`` tokens."""
-    product, dgrad, wgrad, added = linear(name, m, n, k, kernels)
-    return Pass((product,), (dgrad, wgrad, *added))
+    product, dgrad, wgrad, added, copied, back = linear(name, m, n, k, kernels)
+    return Pass((*copied, product), (*back, dgrad, wgrad, *added))
 
 
 def streaming(name: str, forward: float, backward: float) -> Pass:
@@ -235,14 +269,14 @@ def experts_pass(model: ModelConfig, shape: Shape, kernels: Kernels) -> Pass:
     moved = float(ELEMENT * sent * width)
     inner = ELEMENT * rows * model.expert_ffn_size / shape.etp
     per_expert = max(1, rows // held)
-    result = replicated("router", shape.own_tokens, experts, width, kernels)
+    result = replicated("router", shape.own_tokens, experts, width, kernels.in_bf16())
     result = result + streaming("permute", 2 * moved, 2 * moved) + _dispatch("dispatch", moved, rows, width, shape)
     for name, n, k in (
         ("expert fc1", gates * model.expert_ffn_size // shape.etp, width),
         ("expert fc2", width, model.expert_ffn_size // shape.etp),
     ):
-        product, dgrad, wgrad, added = linear(name, per_expert, n, k, kernels, held)
-        result = result + Pass((product,), (dgrad, wgrad, *added))
+        product, dgrad, wgrad, added, copied, back = linear(name, per_expert, n, k, kernels, held)
+        result = result + Pass((*copied, product), (*back, dgrad, wgrad, *added))
         if name == "expert fc1":
             result = result + streaming("expert activation", (gates + 1) * inner, (2 * gates + 1) * inner)
     result = result + _dispatch("combine", moved, rows, width, shape) + streaming("unpermute", 2 * moved, 2 * moved)
@@ -266,7 +300,9 @@ def head_pass(model: ModelConfig, shape: Shape, kernels: Kernels) -> Pass:
     """Final norm, output layer and cross entropy over the vocabulary's share."""
     rows = model.padded_vocab_size(model.vocab_size or 1)
     logits = shape.tokens * rows / shape.tp
-    result = norm_pass(model, shape, kernels) + column_parallel("logits", rows, model.hidden_size, shape, kernels)
+    result = norm_pass(model, shape, kernels) + column_parallel(
+        "logits", rows, model.hidden_size, shape, kernels.in_bf16()
+    )
     # Forward: read, cast to fp32, maximum, exponentials in place, sum; backward: scale and cast in one read and write.
     result = result + streaming("cross entropy", 22 * logits, 8 * logits)
     if shape.tp > 1:

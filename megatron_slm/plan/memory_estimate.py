@@ -7,17 +7,18 @@ the planner asks it about the few layouts that it shows.
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.capacity import Surroundings
+from megatron_slm.memory.routing import hottest
 from megatron_slm.memory.schedule import warm_up
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.plan.layer import Shape
-from megatron_slm.plan.ops import ELEMENT, MAIN_GRADIENT
-from megatron_slm.plan.weights import Weights, chunk_split, stage_weights
+from megatron_slm.plan.layer import Shape, recomputed_layers, without_recomputation
+from megatron_slm.plan.ops import ELEMENT, FP8_ELEMENT, MAIN_GRADIENT
+from megatron_slm.plan.weights import Weights, chunk_split, linear_weights, stage_weights
 
 LOGIT_BYTES = 10
 """Of one logit at the worst moment: half precision, fp32 for the loss, its gradient."""
@@ -45,22 +46,31 @@ MemoryOf = Callable[[RunConfig], MemoryRange]
 """The fullest rank of a configuration of ``parallel.world_size`` ranks."""
 
 
-def estimate(config: RunConfig) -> MemoryRange:
-    """The fullest pipeline stage of a configuration of ``parallel.world_size`` ranks."""
+def estimate(config: RunConfig, architecture: str = "hopper") -> MemoryRange:
+    """The fullest pipeline stage of a configuration of ``parallel.world_size`` ranks on GPUs of an architecture."""
     layout = Layout.from_config(config.parallel, config.parallel.world_size or config.parallel.smallest_world_size)
-    allocated = max(allocated_bytes(config, layout))
-    beside = Surroundings(None, communicators(layout)).beside(0, round(allocated)).values()
+    allocated = max(allocated_bytes(config, layout, architecture))
+    hot = hottest(config)
+    full = allocated if hot == 1.0 else max(allocated_bytes(config, layout, architecture, load=hot))
+    beside = Surroundings(None, layout.communicators).beside(0, round(allocated)).values()
     low, expected, high = (sum(part[index] for part in beside) for index in range(3))
-    return MemoryRange(allocated * (1 - ERROR) + low, allocated + expected, allocated * (1 + ERROR) + high)
+    return MemoryRange(allocated * (1 - ERROR) + low, allocated + expected, full * (1 + ERROR) + high)
 
 
-def allocated_bytes(config: RunConfig, layout: Layout) -> list[float]:
-    """``[pipeline stage]`` -> what torch calls allocated, at the worst moment."""
+def allocated_bytes(
+    config: RunConfig, layout: Layout, architecture: str = "hopper", *, load: float = 1.0
+) -> list[float]:
+    """``[pipeline stage]`` -> what torch calls allocated, at the worst moment.
+
+    Args:
+        load: tokens of a rank's experts over an even share.
+    """
     weights = stage_weights(config)
     found = []
     for stage in range(len(weights)):
         total = static_bytes(config, sum(weights[stage], Weights()), layout)
-        saved = _in_flight_bytes(config, layout, stage)
+        total += _fp8_bytes(config, stage, architecture)
+        saved = _in_flight_bytes(config, layout, stage, load)
         found.append(total + saved + _transient_bytes(config, last=stage == len(weights) - 1))
     return found
 
@@ -77,8 +87,19 @@ def static_bytes(config: RunConfig, weights: Weights, layout: Layout) -> float:
     return held * weights.total + owned * (weights.dense / dense + weights.expert / layout.expert_sizes["edp"])
 
 
-def layer_activation_bytes(config: RunConfig, *, moe: bool) -> float:
-    """What one layer keeps of one micro-batch for its backward pass."""
+def _fp8_bytes(config: RunConfig, stage: int, architecture: str) -> float:
+    """Copies of the weights beside those in bf16, or in their place."""
+    precision = config.precision
+    if precision.fp8 is None:
+        return 0.0
+    # Blackwell multiplies a tensor with one scale either way; others are kept along rows and along columns.
+    either_way = architecture == "blackwell" and precision.fp8_recipe in ("delayed", "tensorwise")
+    copies = (1 if either_way else 2) * FP8_ELEMENT
+    return float(linear_weights(config, stage) * (copies - (ELEMENT if precision.fp8_param_gather else 0)))
+
+
+def layer_activation_bytes(config: RunConfig, *, moe: bool, load: float = 1.0) -> float:
+    """What one layer keeps of one micro-batch for its backward pass; ``load`` as of :func:`allocated_bytes`."""
     model, shape, train = config.model, Shape.of(config), config.train
     element = ELEMENT if config.precision.bf16 else 2 * ELEMENT
     own, width = shape.own_tokens, model.hidden_size
@@ -95,54 +116,40 @@ def layer_activation_bytes(config: RunConfig, *, moe: bool) -> float:
         groups = max(model.query_groups / shape.tp, 1.0)
         attention = element * shape.tokens * model.head_dim * (2 * heads + 2 * groups)
     attention += 4 * shape.tokens * heads
-    # Both norms' inputs, and their outputs, which the column-parallel layers keep.
-    streams = own * (4 * element * width + 8)
+    narrow = element if config.precision.fp8 is None else FP8_ELEMENT
+    if config.precision.fp8_recipe == "delayed" and narrow == FP8_ELEMENT:
+        attention += (
+            narrow * shape.tokens * heads * (model.v_head_dim if model.multi_latent_attention else model.head_dim)
+        )
+    # Both norms' inputs, and their outputs, which the column-parallel layers keep; a router keeps its own in bf16.
+    streams = own * (2 * element * width + (narrow + (element if moe else narrow)) * width + 8)
     dropped = ("moe" if moe else "mlp") in again
-    feed = 0.0 if dropped else _feed_bytes(config, shape, element, moe=moe)
+    feed = 0.0 if dropped else _feed_bytes(config, shape, element, moe=moe, load=load)
     return attention + streams + feed + (own * width * 2 if model.hidden_dropout else 0)
 
 
-def communicators(layout: Layout) -> int:
-    """NCCL communicators of one rank: one for each group of several ranks, and the world."""
-    sizes = [
-        layout.tensor_model_parallel_size,
-        layout.context_parallel_size,
-        layout.data_parallel_size * layout.context_parallel_size,
-        layout.pipeline_model_parallel_size,
-        layout.world_size,
-    ]
-    if layout.expert_model_parallel_size > 1:
-        sizes += [
-            layout.expert_model_parallel_size,
-            layout.expert_tp_size * layout.expert_model_parallel_size,
-            layout.expert_sizes["edp"],
-        ]
-    return sum(size > 1 for size in sizes)
-
-
-def _feed_bytes(config: RunConfig, shape: Shape, element: int, *, moe: bool) -> float:
-    """The MLP, or the experts under an even load with what is dispatched to them."""
+def _feed_bytes(config: RunConfig, shape: Shape, element: int, *, moe: bool, load: float) -> float:
+    """The MLP, or the experts with what is dispatched to them."""
     model = config.model
     gates = 2 if model.swiglu else 1
+    narrow = element if config.precision.fp8 is None else FP8_ELEMENT
+    inner = element * gates + narrow  # what the first matrix writes, and what the second one reads
     if not moe:
-        return element * shape.tokens * (gates + 1) * model.ffn_size / shape.tp
-    rows = shape.own_tokens * model.moe_router_topk * shape.etp
-    experts = element * rows * (2 * model.hidden_size + (gates + 1) * model.expert_ffn_size / shape.etp)
+        return inner * shape.tokens * model.ffn_size / shape.tp
+    rows = load * shape.own_tokens * model.moe_router_topk * shape.etp
+    experts = rows * ((element + narrow) * model.hidden_size + inner * model.expert_ffn_size / shape.etp)
     shared = model.moe_shared_expert_intermediate_size or 0
     router = 8 * shape.own_tokens * (model.num_moe_experts or 0)
-    return experts + router + element * shape.tokens * (gates + 1) * shared / shape.tp
+    return experts + router + inner * shape.tokens * shared / shape.tp
 
 
-def _in_flight_bytes(config: RunConfig, layout: Layout, stage: int) -> float:
+def _in_flight_bytes(config: RunConfig, layout: Layout, stage: int, load: float) -> float:
     """Activations of every forward pass whose backward pass is still to come, at the most."""
     parallel, train, model = config.parallel, config.train, config.model
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.vpp_size
     micro_batches = layout.num_microbatches(train.global_batch_size, train.micro_batch_size)
     alive = min(micro_batches * chunks, warm_up(stage, stages, chunks, micro_batches) + 1)
-    kinds = {
-        moe: layer_activation_bytes(config, moe=moe) for moe in {model.is_moe_layer(i) for i in range(model.num_layers)}
-    }
-    sizes = [sum(kinds[model.is_moe_layer(layer)] for layer in layers) for layers in chunk_split(config)[stage]]
+    sizes = [_chunk_bytes(config, layers, load) for layers in chunk_split(config)[stage]]
     shape = Shape.of(config)
     if stage == 0:
         sizes[0] += 8 * shape.tokens + (shape.own_tokens * model.hidden_size if model.hidden_dropout else 0)
@@ -151,15 +158,26 @@ def _in_flight_bytes(config: RunConfig, layout: Layout, stage: int) -> float:
     for number in range(alive):
         total += sizes[number % (group * chunks) // group] if chunks > 1 else sizes[0]
     if train.recompute_granularity == "full":
-        total += _recomputed_bytes(config)
+        total += _recomputed_bytes(config, load)
     return total
 
 
-def _recomputed_bytes(config: RunConfig) -> float:
+def _chunk_bytes(config: RunConfig, layers: range, load: float) -> float:
+    """What a chunk keeps of one micro-batch; what "block" leaves out of recomputation is kept whole."""
+    again, model, plain = recomputed_layers(config, layers), config.model, config
+    if config.train.recompute_granularity == "full":
+        plain = without_recomputation(config)
+    counts = Counter((model.is_moe_layer(layer), layer in again) for layer in layers)
+    return sum(
+        count * layer_activation_bytes(config if twice else plain, moe=moe, load=load)
+        for (moe, twice), count in counts.items()
+    )
+
+
+def _recomputed_bytes(config: RunConfig, load: float) -> float:
     """The one layer that full recomputation holds whole."""
-    plain = dataclasses.replace(config.train, recompute_granularity=None)
-    whole = dataclasses.replace(config, train=plain)
-    return layer_activation_bytes(whole, moe=config.model.is_moe_layer(config.model.num_layers - 1))
+    last = config.model.num_layers - 1
+    return layer_activation_bytes(without_recomputation(config), moe=config.model.is_moe_layer(last), load=load)
 
 
 def _transient_bytes(config: RunConfig, *, last: bool) -> float:

@@ -13,6 +13,9 @@ from typing import TypeAlias
 ELEMENT = 2
 """Bytes of an activation in bf16 or fp16."""
 
+FP8_ELEMENT = 1
+"""Bytes of one in FP8, without its scales."""
+
 MAIN_GRADIENT = 4
 """Bytes of an accumulated gradient."""
 
@@ -28,6 +31,8 @@ class Gemm:
     count: float = 1
     accumulates: bool = False
     """A weight gradient that is added to an fp32 buffer."""
+    fp8: bool = False
+    """Both operands are in FP8."""
 
     @property
     def flops(self) -> float:
@@ -38,7 +43,8 @@ class Gemm:
     def bytes(self) -> float:
         """Operands read once, result written once (and read before, where it accumulates)."""
         result = 2 * MAIN_GRADIENT if self.accumulates else ELEMENT
-        return self.count * (ELEMENT * self.k * (self.m + self.n) + result * self.m * self.n)
+        operand = FP8_ELEMENT if self.fp8 else ELEMENT
+        return self.count * (operand * self.k * (self.m + self.n) + result * self.m * self.n)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,29 @@ The step is the schedule of the pipeline (``plan.timeline``) over chunks whose s
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.model.counts import flops_per_token
+from megatron_slm.parallel.fp8 import require_generation
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.plan import timeline
 from megatron_slm.plan.cluster import Cluster
 from megatron_slm.plan.cost import TERA, Costs, Spent
-from megatron_slm.plan.layer import Kernels, Shape, embedding_pass, head_pass, layer_pass, prediction_pass
-from megatron_slm.plan.ops import ELEMENT, Pass
+from megatron_slm.plan.layer import (
+    Kernels,
+    Shape,
+    embedding_pass,
+    head_pass,
+    layer_pass,
+    prediction_pass,
+    recomputed_layers,
+    without_recomputation,
+)
+from megatron_slm.plan.ops import ELEMENT, FP8_ELEMENT, Pass
 from megatron_slm.plan.rates import Rates
 from megatron_slm.plan.timeline import Chunk, Played
 from megatron_slm.plan.weights import Weights, chunk_split, stage_weights
@@ -77,9 +89,16 @@ def predict(question: Question) -> Prediction:
     """Seconds of a step and where they go.
 
     Raises:
-        ConfigError: the layout does not fit the GPUs, the layers or the batch.
+        ConfigError: the layout does not fit the GPUs, the layers or the batch, or the GPU's FP8 peak is not known.
     """
     config = question.config
+    if config.precision.fp8 is not None:
+        require_generation(config.precision, question.cluster.architecture, question.cluster.name)
+        if question.cluster.fp8_tflops is None:
+            raise ConfigError(
+                f"precision.fp8 = {config.precision.fp8} on {question.cluster.name}: its peak in FP8 is not known. "
+                "Give fp8_tflops in the cluster's file, or leave precision.fp8 out."
+            )
     if config.model.vocab_size is None:
         raise ConfigError("model.vocab_size is not set, and the output layer's cost depends on it. Set it.")
     spent = chunk_spent(question)
@@ -119,22 +138,26 @@ def micro_batches(question: Question) -> int:
 
 def chunk_passes(question: Question) -> list[list[list[tuple[Pass, int]]]]:
     """``[stage][chunk]`` -> passes, each with how often it comes."""
-    config, kernels = question.config, question.kernels
+    config = question.config
+    kernels = dataclasses.replace(question.kernels, fp8=config.precision.fp8 is not None)
     model, shape = config.model, Shape.of(config)
-    kinds = {model.is_moe_layer(layer) for layer in range(model.num_layers)}
-    layers = {moe: layer_pass(config, moe=moe, kernels=kernels) for moe in kinds}
+    whole = config.train.recompute_granularity == "full"
+    layers: dict[tuple[bool, bool], Pass] = {}
     found: list[list[list[tuple[Pass, int]]]] = []
     for stage in chunk_split(config):
         found.append([])
         for chunk in stage:
-            sparse = sum(model.is_moe_layer(layer) for layer in chunk)
-            counts = ((True, sparse), (False, len(chunk) - sparse))
-            found[-1].append([(layers[moe], count) for moe, count in counts if count])
+            again = recomputed_layers(config, chunk)
+            counts = Counter((model.is_moe_layer(layer), layer in again) for layer in chunk)
+            for moe, twice in counts.keys() - layers.keys():
+                of = config if twice or not whole else without_recomputation(config)
+                layers[moe, twice] = layer_pass(of, moe=moe, kernels=kernels)
+            found[-1].append([(layers[kind], count) for kind, count in counts.items()])
     found[0][0].append((embedding_pass(model, shape), 1))
     head, depths = head_pass(model, shape, kernels), model.mtp_num_layers or 0
     found[-1][-1].append((head, 1 + depths))
     if depths:
-        like = layers[model.is_moe_layer(model.num_layers - 1)]
+        like = layer_pass(config, moe=model.is_moe_layer(model.num_layers - 1), kernels=kernels)
         found[-1][-1].append((prediction_pass(model, shape, kernels) + like, depths))
     return found
 
@@ -231,7 +254,8 @@ def _gather_seconds(question: Question, weights: list[Weights], chunks: list[Chu
     parallel = question.config.parallel
     if not parallel.use_distributed_optimizer:
         return 0.0
-    seconds = _exchange(question, sum(weights, Weights()), "all_gather", ELEMENT)
+    element = FP8_ELEMENT if question.config.precision.fp8_param_gather else ELEMENT
+    seconds = _exchange(question, sum(weights, Weights()), "all_gather", element)
     if not parallel.overlap_param_gather:
         return seconds
     bucket = seconds * min(1.0, _bucket(question) / max(1, sum(weights, Weights()).total))

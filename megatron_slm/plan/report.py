@@ -71,6 +71,8 @@ def recomputed(config: RunConfig) -> str:
     train = config.train
     if train.recompute_granularity == "selective":
         return "+".join(train.recompute_modules)
+    if train.recompute_method == "block":
+        return f"{train.recompute_num_layers}/chunk"
     return train.recompute_granularity or "none"
 
 
@@ -172,8 +174,11 @@ def _layout_keys() -> list[str]:
     keys = ["parallel.world_size", *(f"parallel.{size}_parallel_size" for size in sizes)]
     keys.append("parallel.sequence_parallel")
     keys += [f"parallel.account_for_{part}_in_pipeline_split" for part in ("embedding", "loss")]
-    train = ("micro_batch_size", "global_batch_size", "recompute_granularity", "recompute_modules")
+    train = ("micro_batch_size", "global_batch_size", *(f"recompute_{what}" for what in _RECOMPUTE))
     return [*keys, *(f"train.{key}" for key in train)]
+
+
+_RECOMPUTE = ("granularity", "method", "num_layers", "modules")
 
 
 def _refusals(found: Found) -> str:

@@ -8,20 +8,22 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from megatron_slm.config import rules_context, rules_experts, rules_latent, rules_layout, rules_training
+from megatron_slm.config import rules_context, rules_experts, rules_fp8, rules_latent, rules_layout, rules_training
 from megatron_slm.config.facts import Facts
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.plan.memory_estimate import MemoryOf, MemoryRange
 from megatron_slm.plan.predict import Prediction, Question, least_seconds, predict
+from megatron_slm.train.config import TrainConfig
 
 LARGEST_TP, LARGEST_CP, LARGEST_VPP = 64, 64, 16
 MICRO_BATCHES = (1, 2, 4, 8)
-NONE, FULL, FEED = "none", "full", "selective"
-RECOMPUTE = (NONE, FEED, FULL)
-"""Selective is the MLP or the experts of each layer; with fused attention its core has nothing worth recomputing."""
+NONE, FULL, FEED, HALF = "none", "full", "selective", "half"
+RECOMPUTE = (NONE, FEED, HALF, FULL)
+"""Selective is the MLP or the experts of each layer; with fused attention its core has nothing worth recomputing. Half
+is the first half of every chunk's layers, whole."""
 
 NEAR_MISSES = 10
 
@@ -34,6 +36,7 @@ _RULES = (
     *rules_experts.RULES,
     *rules_latent.RULES,
     *rules_training.RULES,
+    *rules_fp8.RULES,
 )
 """The rules that a layout can break; the rest of the configuration has been checked once."""
 
@@ -182,7 +185,10 @@ def layouts(config: RunConfig, space: Space, gpus: int) -> Iterator[RunConfig]:
                 continue
             degrees = Degrees(tp, pp, vpp, cp, ep, tp if dense else etp, counted)
             divisions = space.sequence_parallel if tp > 1 else (False,)
+            several = (config.model.num_layers + sum(counted)) // (pp * vpp) > 1
             for recompute, divided in itertools.product(space.recompute, divisions):
+                if recompute == HALF and not several:
+                    continue
                 yield with_layout(config, gpus, degrees, micro, (recompute, divided))
 
 
@@ -222,18 +228,22 @@ def with_layout(config: RunConfig, gpus: int, degrees: Degrees, micro: int, choi
         account_for_embedding_in_pipeline_split=embedding,
         account_for_loss_in_pipeline_split=loss,
     )
-    modules = config.train.recompute_modules
-    if recompute == FEED:
-        modules = ("mlp",) if dense else ("moe",)
-    train = dataclasses.replace(
-        config.train,
-        micro_batch_size=micro,
-        recompute_granularity=None if recompute == NONE else recompute,
-        recompute_method="uniform" if recompute == FULL else None,
-        recompute_num_layers=1 if recompute == FULL else None,
-        recompute_modules=modules if recompute == FEED else type(config.train)().recompute_modules,
-    )
+    each = (config.model.num_layers + embedding + loss) // (pp * vpp)
+    train = dataclasses.replace(config.train, micro_batch_size=micro, **_recomputation(recompute, each, dense=dense))
     return dataclasses.replace(config, parallel=parallel, train=train)
+
+
+def _recomputation(choice: str, layers: int, *, dense: bool) -> dict[str, Any]:
+    """Fields of ``train`` for one of :data:`RECOMPUTE` in chunks of so many layers."""
+    method: dict[str, tuple[str | None, int | None]] = {FULL: ("uniform", 1), HALF: ("block", (layers + 1) // 2)}
+    taken, count = method.get(choice, (None, None))
+    modules = ("mlp",) if dense else ("moe",)
+    return {
+        "recompute_granularity": {NONE: None, HALF: FULL}.get(choice, choice),
+        "recompute_method": taken,
+        "recompute_num_layers": count,
+        "recompute_modules": modules if choice == FEED else TrainConfig().recompute_modules,
+    }
 
 
 def first_broken(config: RunConfig, gpus: int) -> str | None:

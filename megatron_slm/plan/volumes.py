@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_slm.plan.links import Volume
-from megatron_slm.plan.ops import ELEMENT, Exchange
+from megatron_slm.plan.ops import ELEMENT, FP8_ELEMENT, Exchange
 from megatron_slm.plan.predict import Question, chunk_passes, micro_batches, send_bytes
 from megatron_slm.plan.weights import Weights, stage_weights
 
@@ -77,8 +77,9 @@ def _to_replicas(question: Question, stage: int) -> Iterator[Traffic]:
     weights, costs = sum(stage_weights(question.config)[stage], Weights()), question.costs(stage)
     size = question.kernels.gradient_bytes
     sharded = question.config.parallel.use_distributed_optimizer
-    exchanges = [("reduce_scatter", size), ("all_gather", ELEMENT)] if sharded else [("all_reduce", size)]
+    element = FP8_ELEMENT if question.config.precision.fp8_param_gather else ELEMENT
+    exchanges = [("reduce_scatter", size), ("all_gather", element)] if sharded else [("all_reduce", size)]
     for axis, elements in (("dp-cp", weights.dense), ("edp", weights.expert)):
-        for collective, element in exchanges:
-            op = Exchange(axis, collective, axis, float(element * elements))
+        for collective, each in exchanges:
+            op = Exchange(axis, collective, axis, float(each * elements))
             yield Traffic(axis, collective, 1 if elements else 0, op.bytes, costs.volume(op))

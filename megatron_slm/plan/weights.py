@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.model.counts import attention_matrices
-from megatron_slm.parallel.layout import chunk_layers, split_layers
+from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.parallel.layout import chunk_layers, layer_split
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,15 @@ class Weights:
 
 def chunk_split(config: RunConfig) -> tuple[tuple[range, ...], ...]:
     """``[stage][chunk]`` -> global indices of its layers."""
-    parallel = config.parallel
-    return _chunk_split(
-        config.model.num_layers,
-        parallel.pipeline_model_parallel_size,
-        parallel.vpp_size,
-        parallel.account_for_embedding_in_pipeline_split,
-        parallel.account_for_loss_in_pipeline_split,
-    )
+    return _held(config.model.num_layers, config.parallel)
 
 
 @functools.lru_cache(maxsize=4096)
-def _chunk_split(layers: int, stages: int, chunks: int, embedding: bool, loss: bool) -> tuple[tuple[range, ...], ...]:
-    split = split_layers(layers, stages, chunks, embedding_counts=embedding, loss_counts=loss)
-    return tuple(tuple(chunk_layers(split, stage, chunk) for chunk in range(chunks)) for stage in range(stages))
+def _held(layers: int, parallel: ParallelConfig) -> tuple[tuple[range, ...], ...]:
+    split = layer_split(layers, parallel)
+    return tuple(
+        tuple(chunk_layers(split, stage, chunk) for chunk in range(len(chunks))) for stage, chunks in enumerate(split)
+    )
 
 
 def layer_weights(config: RunConfig, *, moe: bool) -> Weights:
@@ -58,6 +54,19 @@ def layer_weights(config: RunConfig, *, moe: bool) -> Weights:
     dense += model.hidden_size * experts + gate + (_mlp(model, shared, tp) if shared else 0)
     held = experts // config.parallel.expert_model_parallel_size
     return Weights(dense, held * _mlp(model, model.expert_ffn_size, config.parallel.expert_tp_size))
+
+
+def linear_weights(config: RunConfig, stage: int) -> int:
+    """Elements of the layers' matrices on a rank of a stage, but for the router: what FP8 multiplies."""
+    model = config.model
+    layers = [layer for chunk in chunk_split(config)[stage] for layer in chunk]
+    sparse = sum(model.is_moe_layer(layer) for layer in layers)
+    total = 0
+    for moe, count in ((True, sparse), (False, len(layers) - sparse)):
+        if count:
+            others = 2 * _norm(model, model.hidden_size) + moe * model.hidden_size * (model.num_moe_experts or 0)
+            total += count * (layer_weights(config, moe=moe).total - others)
+    return total
 
 
 def stage_weights(config: RunConfig) -> list[list[Weights]]:

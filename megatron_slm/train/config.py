@@ -78,8 +78,8 @@ class PrecisionConfig:
     )
     fp8_recipe: str = option(
         "delayed",
-        "what shares a scale: a tensor (delayed: by earlier steps; tensorwise: by itself), 128 elements or 128 x 128 of a "
-        "weight (blockwise), 32 elements (mxfp8, Blackwell)",
+        "what shares a scale: a tensor (delayed: by earlier steps; tensorwise: by itself), 128 elements or 128 x 128 "
+        "of a weight (blockwise), 32 elements (mxfp8, Blackwell)",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
     )
     fp8_param_gather: bool = option(False, "weights of linear layers are kept and gathered in FP8 alone")

@@ -34,7 +34,7 @@ from tests.memory_step import Measured, measured  # noqa: E402
 from tests.pool import RankPool  # noqa: E402
 
 RANKS = 4
-SHAPE = {"seq_length": 256, "hidden_size": 128, "ffn_hidden_size": 384}
+SHAPE = {"seq_length": 512, "hidden_size": 128, "ffn_hidden_size": 384}
 CASES: dict[str, dict[str, str]] = {
     "dp4": {"dp": "4", "samples": "2"},
     "dp4 bf16": {"dp": "4", "precision": "bf16"},

@@ -11,7 +11,7 @@ from tests.bench.memory_cpu import CASES, Judged, case_config, judged
 from tests.pool import RankPool
 
 RANKS = 4
-FEW = ("tp4 sp", "pp2 vpp2 dp2", "tp2 ep2 dp2 experts recompute all")
+FEW = ("pp2 vpp2 dp2", "tp2 ep2 dp2 experts recompute all")
 """Of the benchmark's cases: between them every kind of block, and each of gloo's temporaries."""
 
 

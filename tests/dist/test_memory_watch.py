@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import RankFailure
-from tests.runs import corpus, train
+from tests.runs import corpus, losses, train
 
 
 def test_a_run_measures_and_compares(tmp_path: Path) -> None:
@@ -30,6 +30,8 @@ def test_a_run_measures_and_compares(tmp_path: Path) -> None:
         assert layers and all(predicted == measured for predicted, measured in layers.values()), layers
     assert "memory: total" in (directory / "log.txt").read_text()
     assert "exact" in (directory / "memory" / "comparison.txt").read_text()
+    assert train(tmp_path / "unwatched", corpus(tmp_path), 2, *overrides, "log.memory_ledger=false") == 0
+    assert losses(tmp_path / "unwatched") == losses(directory), "measuring a step changes nothing in it"
 
 
 def test_out_of_memory_is_explained_and_goes_on(tmp_path: Path) -> None:

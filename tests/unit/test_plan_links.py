@@ -93,6 +93,46 @@ def test_a_step_s_traffic_by_hand() -> None:
     assert by_link(list(entries.values())).between == micro_batches * message / 2
 
 
+@pytest.mark.parametrize(
+    ("ep", "etp", "group", "replicas"),
+    [
+        # Ranks 0 to 3 are node 0, 4 to 7 node 1, ...: an ep group counts up from its first rank in steps of etp.
+        (4, 1, Span(4, 4), Span(4, 1)),  # 0 to 3; copies of its experts are on 4, 8, 12
+        (8, 1, Span(8, 4), Span(2, 1)),  # 0 to 7
+        (4, 2, Span(4, 2), Span(2, 1)),  # 0, 2 | 4, 6
+        (8, 2, Span(8, 2), Span(1, 1)),  # 0, 2 | 4, 6 | 8, 10 | 12, 14
+    ],
+)
+def test_tokens_to_experts_in_other_nodes_by_hand(ep: int, etp: int, group: Span, replicas: Span) -> None:
+    """16 ranks in four nodes, TP 2 with SP, two layers of eight experts, two of them for every token."""
+    config = load(
+        None,
+        [
+            "model.num_layers=2", "model.hidden_size=512", "model.num_attention_heads=8", "model.vocab_size=1024",
+            "model.seq_length=1024", "model.num_moe_experts=8", "model.moe_ffn_hidden_size=256",
+            "model.moe_router_topk=2", "parallel.world_size=16", "parallel.tensor_model_parallel_size=2",
+            f"parallel.expert_model_parallel_size={ep}", f"parallel.expert_tensor_parallel_size={etp}",
+            "parallel.sequence_parallel=true", "train.global_batch_size=24", "precision.bf16=true",
+        ],
+    ).config  # fmt: skip
+    cluster = dataclasses.replace(CLUSTERS["h100-80gb"], gpus_per_node=4, nodes=4)
+    question = Question(config, cluster, PUBLISHED["hopper"])
+    assert (span(question.layout, "ep", 0, 4), span(question.layout, "edp", 0, 4)) == (group, replicas)
+    exchanged = next(entry for entry in traffic(question) if entry.axis == "ep")
+    local = 1024 // 2 * 2 * 512 * 2  # bytes: this rank's tokens, each to two experts, 512 channels
+    # Dispatch and combine, forward and backward, of two layers and three micro-batches.
+    assert (exchanged.collective, exchanged.times) == ("all_to_all", 2 * 2 * 2 * 3)
+    part = exchanged.times * local / ep
+    assert exchanged.sent == Volume(part * (group.in_node - 1), part * (ep - group.in_node))
+    reduced = {entry.collective: entry.sent for entry in traffic(question) if entry.axis == "edp"}
+    held = 2 * 8 // ep * 3 * 512 * 256 // etp  # elements of two layers' experts
+    if replicas.size == 1:
+        assert not reduced
+    else:
+        share = (replicas.size - 1) / replicas.size
+        assert reduced["reduce_scatter"] == Volume(0, share * 4 * held)
+
+
 def test_a_cluster_of_one_s_own(tmp_path: Path) -> None:
     file = tmp_path / "ours.yaml"
     file.write_text("like: h100\nname: ours\nnodes: 4\nnetwork_gb_per_second: 25\n")

@@ -16,6 +16,7 @@ from megatron_slm.plan import timeline
 from megatron_slm.plan.cluster import CLUSTERS
 from megatron_slm.plan.cost import Costs
 from megatron_slm.plan.layer import Kernels, layer_pass
+from megatron_slm.plan.memory_estimate import allocated_bytes, layer_activation_bytes
 from megatron_slm.plan.ops import Attention, Exchange, Gemm
 from megatron_slm.plan.predict import Prediction, Question, chunk_passes, least_seconds, predict
 from megatron_slm.plan.rates import PUBLISHED
@@ -226,3 +227,23 @@ def test_step_times_of_2022_with_rates_fitted_elsewhere() -> None:
             errors.append(found.step_seconds / seconds - 1)
     assert statistics.mean(map(abs, errors)) <= 0.08
     assert max(map(abs, errors)) <= 0.12
+
+
+def test_block_recomputes_the_first_layers_of_every_chunk() -> None:
+    """Eight layers on two stages: two of every four run their forward pass again, and two are kept whole."""
+    pipeline = ["parallel.pipeline_model_parallel_size=2", "train.global_batch_size=16", "parallel.world_size=8"]
+
+    def asked(method: str, layers: int) -> RunConfig:
+        again = [f"train.recompute_method={method}", f"train.recompute_num_layers={layers}"]
+        return config_of(*pipeline, "train.recompute_granularity=full", *again, layers=8)
+
+    none, half, all_of_them = config_of(*pipeline, layers=8), asked("block", 2), asked("uniform", 1)
+
+    def products(config: RunConfig) -> float:
+        last = chunk_passes(question_of(config))[0][0]
+        return sum(op.flops * count for each, count in last for op in each.backward if isinstance(op, Gemm | Attention))
+
+    assert products(half) - products(none) == pytest.approx((products(all_of_them) - products(none)) / 2)
+    held = [allocated_bytes(one, question_of(one).layout)[0] for one in (none, half, all_of_them)]
+    live = layer_activation_bytes(none, moe=False)  # of the one layer that is being recomputed
+    assert held[0] - held[1] == pytest.approx((held[0] - held[2] + live) / 2 - live)

@@ -21,6 +21,7 @@ COLLECTIVES = {
 }
 
 SEQUENCE = ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]
+FP8 = ["precision.fp8=hybrid", "precision.fp8_recipe=tensorwise"]
 FULL = ["train.recompute_granularity=full", "train.recompute_method=uniform", "train.recompute_num_layers=1"]
 CASES = {
     "sequence parallel": SEQUENCE,
@@ -29,6 +30,8 @@ CASES = {
     ],
     "full recomputation": [*SEQUENCE, *FULL],
     "experts": ["model.num_moe_experts=8", "model.moe_ffn_hidden_size=256", "parallel.expert_model_parallel_size=4"],
+    "sequence parallel, FP8": [*SEQUENCE, *FP8],
+    "full recomputation, FP8": [*SEQUENCE, *FULL, *FP8],
     "latent attention": [
         "model.multi_latent_attention=true", "model.q_lora_rank=128", "model.kv_lora_rank=64", "model.qk_head_dim=32",
         "model.qk_pos_emb_head_dim=16", "model.v_head_dim=32", *SEQUENCE,
@@ -77,7 +80,8 @@ def planned(ops: tuple[Op, ...]) -> Counter[str]:
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_a_layer_does_what_the_modules_do(case: str, phase: str) -> None:
     layer = traced(3, case)[phase] - traced(2, case)[phase]
-    mine = planned(getattr(layer_pass(config_of(2, CASES[case]), moe=case == "experts", kernels=Kernels()), phase))
+    kernels = Kernels(fp8=case.endswith("FP8"))
+    mine = planned(getattr(layer_pass(config_of(2, CASES[case]), moe=case == "experts", kernels=kernels), phase))
     if case == "experts":  # the numbers of tokens are exchanged too, some kilobytes
         assert 0 <= layer["all_to_all"] - mine["all_to_all"] <= 10_000
         layer["all_to_all"] = mine["all_to_all"]

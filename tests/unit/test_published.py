@@ -193,6 +193,72 @@ def test_a_measured_peak_is_predicted() -> None:
     assert predict_memory(case).peak / 2**30 == pytest.approx(52.889, rel=0.005), "Llama-3 405B, 4 layers, tp4, B200"
 
 
+def plain(kernel: str, **cells: str) -> Case:
+    """A case of AlephLayouts with four small layers."""
+    shape = {"layers": "4", "hidden": "256", "ffn_hidden": "512", "heads": "8", "kv_heads": "8", "seq_len": "128"}
+    layout = {"gpus": "4", "gpu_type": "A100", "tp": "1", "pp": "1", "micro_batch": "2", "global_batch": "32"}
+    stated = {"row": "1", "source_id": "AlephLayouts", "model": "LLAMA", "status": "ok", "recompute": "none"}
+    case = case_of(Row({**stated, **shape, **layout, "notes": f"kernel {kernel}; x", **cells}), readers())
+    assert isinstance(case, Case), case
+    return case
+
+
+@pytest.mark.parametrize(
+    ("kernel", "cells", "kept"),
+    [
+        ("flash_attention2", {}, 4 + 2 + 2),
+        ("flash_attention2 + RMS kernel", {}, 2),
+        ("flash_attention2 + RMS kernel", {"tp": "2", "sequence_parallel": "y"}, 2),
+    ],
+    ids=["in fp32, op by op", "a kernel", "gathered"],
+)
+def test_norms_of_the_plain_program_keep(kernel: str, cells: dict[str, str], kept: int) -> None:
+    device.preload("cpu")
+    from megatron_slm.memory.replay import saved_blocks
+    from tests.bench.published_dry import trace_stage
+
+    case = plain(kernel, **cells)
+    trace = trace_stage(case, 0, {})
+    norm = "decoder.layers.1.pre_mlp_layernorm"
+    found = [trace.blocks[number].size for number in saved_blocks(trace) if trace.blocks[number].module == norm]
+    channels = 128 * 2 * 256
+    assert sum(size for size in found if size >= channels) == kept * channels
+
+
+def test_the_plain_program_keeps_the_logits_of_the_micro_batch_before() -> None:
+    device.preload("cpu")
+    from tests.bench.published_dry import trace_stage
+
+    case = plain("flash_attention2")
+    trace = trace_stage(case, 0, {})
+    logits = 128 * 2 * (case.config.model.vocab_size or 0) * 2
+    assert [trace.blocks[number].size for number in trace.persistent].count(logits) == 1
+
+
+def test_core_s_fused_loss_has_two_buffers_of_logits() -> None:
+    device.preload("cpu")
+    from tests.bench.published_dry import predict_memory
+
+    flags = "num-layers=1; hidden-size=64; vocab-size=50000; seq-length=64; "
+    fused, unfused = (
+        predict_memory(golden(flags + more, peak_mem_gib="1")).peak for more in ("cross-entropy-loss-fusion=true", "")
+    )
+    assert fused > unfused
+
+
+def test_experts_of_several_ranks_are_never_even() -> None:
+    device.preload("cpu")
+    from megatron_slm.memory.ledger import Row as Part
+    from tests.bench.published_dry import FULLEST, uneven
+
+    flags = f"{DENSE}; {EXPERTS}; moe-token-dispatcher-type=alltoall"
+    parts = [
+        Part(0, 0, 0, "layer_0", f"decoder.layers.0.{module}", "activations", 1000, 1000, 1000, 0, 1)
+        for module in ("mlp.experts.linear_fc1", "mlp.router", "self_attention.linear_qkv")
+    ]
+    assert uneven(parts, golden(flags).config) == round(1000 * (FULLEST - 1))
+
+
 def test_flops_of_the_tables_own_count() -> None:
     from tests.bench.published_time import measured_seconds
 
