@@ -61,7 +61,7 @@ class MemoryFindings:
         peaks: of SimuMax, and of the golden rows above ``LARGE_GIB``.
         small: the other golden peaks.
         fits: (verdict, went out of memory) of AlephLayouts' runs with FlashAttention.
-        stopped: name of a case -> why it could not be traced.
+        stopped: cases that could not be traced, and why.
     """
 
     static: list[Judged] = field(default_factory=list)
@@ -69,12 +69,15 @@ class MemoryFindings:
     peaks: list[Judged] = field(default_factory=list)
     small: list[Judged] = field(default_factory=list)
     fits: list[tuple[Case, str, bool]] = field(default_factory=list)
-    stopped: dict[str, str] = field(default_factory=dict)
+    stopped: list[tuple[Case, str]] = field(default_factory=list)
 
     @property
     def static_share(self) -> float | None:
-        """Of the golden rows that determine their model, those within 0.1 GiB or 1 %."""
-        return within([each.pair for each in self.static if determined(each.case)], **_STATIC)
+        """Of the golden rows that determine their model, those within 0.1 GiB or 1 %; an untraced one is not within."""
+        told = [each.pair for each in self.static if determined(each.case)]
+        missed = sum(determined(case) and case.row.source.startswith(GOLDEN) for case, _ in self.stopped)
+        share = within(told, **_STATIC)
+        return None if share is None else share * len(told) / (len(told) + missed)
 
     @property
     def peak_errors(self) -> Errors | None:
@@ -179,7 +182,7 @@ def judged_memory(cases: Sequence[Case], measured: Measured) -> MemoryFindings:
     for case in wanted_memory(cases):
         predicted = measured.get(case.key)
         if isinstance(predicted, str):
-            found.stopped[case.name] = predicted
+            found.stopped.append((case, predicted))
         elif predicted is not None:
             _judge(case, predicted, found)
     return found

@@ -63,6 +63,8 @@ EQUAL: Mapping[str, str] = {
     "fp16": "fp16 as bf16 with 16-bit gradients: the same bytes but for a copy of the gradients in the optimizer",
     "squared-relu": "squared ReLU as GELU: both keep their input",
     "layernorm-1p": "a weight counted from one has as many elements",
+    "top-1": "one expert a token, which those tests choose by sinkhorn (their model_config.yaml; the column leaves it "
+    "out), as one chosen behind a softmax: a few numbers a token and expert either way",
     "zero-1": "ZeRO-1 as the distributed optimizer",
 }
 """Name -> what stands in for an option we lack; equal in memory."""

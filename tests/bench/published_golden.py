@@ -120,12 +120,15 @@ def golden_case(row: Row) -> Case | NotCovered:
         stage=-1,
         target=target_of(flags),
         inferred=tuple(inferred),
-        equal=tuple(name for flag, name in _STAND_INS.items() if flag in flags),
+        equal=_stand_ins(flags),
     )
     return _with_gpus(case, _whole(flags, "num-distributed-optimizer-instances", 1))
 
 
-_STAND_INS = {"fp16": "fp16", "squared-relu": "squared-relu", "apply-layernorm-1p": "layernorm-1p"}
+def _stand_ins(flags: Mapping[str, str]) -> tuple[str, ...]:
+    found = {"fp16": "fp16", "squared-relu": "squared-relu", "apply-layernorm-1p": "layernorm-1p"}
+    top_1 = ["top-1"] if flags.get("moe-router-topk") == "1" and "moe-router-pre-softmax" not in flags else []
+    return (*(name for flag, name in found.items() if flag in flags), *top_1)
 
 
 def target_of(flags: Mapping[str, str]) -> Target:
@@ -251,6 +254,8 @@ def _experts(flags: Mapping[str, str]) -> dict[str, Any]:
         "model.moe_ffn_hidden_size": flags.get("moe-ffn-hidden-size", flags.get("ffn-hidden-size")),
     }
     values = {key: value for key, value in values.items() if value is not None}
+    if flags.get("moe-router-topk") == "1":  # the only choice of one expert that we share with core
+        values["model.moe_router_pre_softmax"] = True
     if groups := re.fullmatch(r"\(\[0\]\*(\d+)\+\[1\]\*\d+\)", flags.get("moe-layer-freq", "1")):
         values["model.moe_first_dense_layers"] = int(groups[1])
     elif flags.get("moe-layer-freq", "1").isdigit():

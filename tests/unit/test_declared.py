@@ -22,6 +22,7 @@ from megatron_slm.parallel.declared_loss import use_loss
 from megatron_slm.parallel.declared_ops import MIB, Kernels
 from megatron_slm.parallel.dry import dry_world
 from megatron_slm.parallel.gradients import unwrap, wrap
+from megatron_slm.train.random_state import RandomState
 
 TINY = ["preset=tiny", "model.vocab_size=1024", "model.num_layers=2", "precision.bf16=true", "parallel.world_size=4"]
 LLAMA_405B = [
@@ -78,6 +79,7 @@ def dry(arguments: list[str], kernels: Kernels | None = None, **changes: Any) ->
         dry_world(config.parallel, rank=0, world_size=world) as groups,
         Recorder() as recorder,
     ):
+        RandomState(1, dp_rank=0, pp_rank=0)
         core = transformer_config(config.model, config.parallel, config.precision, config.train, device="cpu")
         published = kernels.loss != "ours"
         for name, value in (declared.declared_options(config.model, published=published) | changes).items():
