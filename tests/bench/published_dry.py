@@ -107,6 +107,8 @@ def _traced(case: Case, stage: int) -> Predicted:
     timeline = replay(trace)
     copies = sum(trace.blocks[number].size for number in trace.persistent if trace.blocks[number].kind == COPIES)
     static = sum(part.size for part in trace.static) + copies + sum(lasting.values()) + shared_buffer(case) + beside
+    if trace.exchanged is not None:  # each chunk keeps its last input and the gradient of that (core: set_input_tensor)
+        static += timeline.moments[-1].exchanged * trace.blocks[trace.exchanged].size
     low = high = 0
     if case.measured("peak_mem_gib") is None:
         surroundings = Surroundings(capacity_bytes(case.gpu), communicators(case.config.parallel, case.world_size))
