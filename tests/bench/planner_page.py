@@ -102,7 +102,7 @@ def _static(memory: MemoryFindings) -> Iterable[str]:
         f"`mem-allocated-bytes` of the last rank, between steps; within {STATIC_GIB} GiB or {STATIC_SHARE:.0%}. The "
         "state of the traced modules, and what Megatron and its libraries keep beside it: cuBLAS workspaces of torch "
         "(two handles) and of Transformer Engine (one, and one for each of four streams of grouped products), core's "
-        "global memory buffer, cached dummy gradients, FP8 copies, and what the chunks of a pipeline keep of their last "
+        "global memory buffer, cached dummy gradients, FP8 copies, and what a pipeline's chunks keep of their last "
         "micro-batch: its input and the gradient of that. No constant is fitted."
     )
     yield _table(["rows", "", "within"], shares)
