@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, path_of, resolve, violations_of
@@ -31,7 +32,11 @@ def memory(name: str, tokens: Sequence[str]) -> int:
         "parallel.pipeline_model_parallel_size=16 --gpu h100-80gb",
         notes=OVERRIDES,
     )
-    parser.add_argument("--gpu", metavar="NAME", help="judge against this GPU's memory (a100-80gb, h100-80gb ...)")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="judge against this GPU's memory (a100-80gb, h100-80gb ... or a cluster's YAML file)",
+    )
     parser.add_argument("--cpu", action="store_true", help="as CPU ranks run it; default as parallel.device says")
     parser.add_argument("--stage", type=int, metavar="N", help="this pipeline stage alone")
     parser.add_argument("--layers", action="store_true", help="show every layer of every stage")
@@ -50,6 +55,7 @@ def memory(name: str, tokens: Sequence[str]) -> int:
         raise ConfigError(f"--gpu {own.gpu} with CPU ranks (--cpu, parallel.device=cpu): leave one of them out.")
     if not for_gpu:
         require_engine(config.precision, "cpu")
+    _check_places(own.gpu, own.plot)
     from megatron_slm.parallel.device import preload
 
     preload("cpu")
@@ -76,6 +82,17 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     return EXIT_DOES_NOT_FIT if any(one.verdict == "does not fit" for one in found_ledgers) else EXIT_OK
 
 
+def _check_places(gpu: str | None, plot: Path | None) -> None:
+    """Refuse a GPU that is not known and a picture that cannot be written before anything is built."""
+    from megatron_slm.plan.cluster import ALIASES, CLUSTERS
+
+    if gpu is not None and ALIASES.get(gpu, gpu) not in CLUSTERS and not Path(gpu).is_file():
+        names = ", ".join([*CLUSTERS, *ALIASES])
+        raise ConfigError(f"--gpu {gpu}: it is not known, and no YAML file either. Known are {names}.")
+    if plot is not None and not plot.parent.is_dir():
+        raise ConfigError(f"--plot {plot}: there is no directory {plot.parent}. Name a file in one that exists.")
+
+
 def whole_batch(resolved: Resolved) -> tuple[RunConfig, list[str]]:
     """The configuration with a global batch that fills the pipeline, where none was given; and what was assumed."""
     config = resolved.config
@@ -83,6 +100,9 @@ def whole_batch(resolved: Resolved) -> tuple[RunConfig, list[str]]:
     world = parallel.world_size or parallel.smallest_world_size
     notes = [] if parallel.world_size else [f"parallel.world_size is not given: {world} ranks, the fewest, are taken."]
     config = dataclasses.replace(config, parallel=dataclasses.replace(parallel, world_size=world))
+    formats = [f"precision.{name}" for name in ("bf16", "fp64")]
+    if all(resolved.provenance[key] == "default" for key in formats):
+        notes.append("precision.bf16 is not given: everything is in fp32, as train would have it.")
     dp = max(1, world // parallel.model_parallel_size)
     if resolved.provenance["train.global_batch_size"] == "default":
         size = train.micro_batch_size * dp * parallel.pipeline_model_parallel_size * 2

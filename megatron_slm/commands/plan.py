@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_slm.commands.command import EXIT_OK, OVERRIDES, Verb, parser_of, path_of, resolve
 from megatron_slm.errors import ConfigError
@@ -44,11 +44,14 @@ def plan(name: str, tokens: Sequence[str]) -> int:
     _check_options(own)
     from megatron_slm.plan import report
     from megatron_slm.plan.memory_estimate import estimate
-    from megatron_slm.plan.search import Space, search
+    from megatron_slm.plan.search import PINNED, Space, search
 
     resolved, preset = _model(own.model, rest)
     question, notes = _question(own, resolved)
     space = Space.of(question.config, question.cluster.gpus, question.cluster.gpus_per_node)
+    held = _held(resolved)
+    space = dataclasses.replace(space, **{axis: (value,) for axis, value in held.items()})
+    notes += [f"{PINNED[axis]} = {value} is held, as given." for axis, value in held.items()]
     memory_of = partial(estimate, architecture=question.cluster.architecture)
     found = search(question, space, memory_of, allow_tight=own.tight, top=max(own.top, own.trace, 1))
     found = _traced(found, question, own.trace, own.tight)
@@ -93,7 +96,8 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 def _check_options(own: argparse.Namespace) -> None:
     """Refuse numbers that mean nothing, and a place that cannot be written, before the search."""
     if own.top < 1 or own.trace < 0 or (own.gpus is not None and own.gpus < 1):
-        raise ConfigError(f"--top {own.top} and --gpus {own.gpus} must be at least 1, --trace {own.trace} at least 0.")
+        given = f"--top {own.top}, --trace {own.trace}" + (f", --gpus {own.gpus}" if own.gpus is not None else "")
+        raise ConfigError(f"{given}: --top and --gpus must be at least 1, --trace at least 0.")
     if own.price is not None and not 0 < own.price < math.inf:
         raise ConfigError(f"--price {own.price} must be a number above 0: what one GPU costs an hour.")
     if own.cluster is None and own.rates is None:
@@ -112,6 +116,19 @@ def _model(model: str, rest: Sequence[str]) -> tuple[Resolved, str | None]:
         )
     resolved = resolve([f"preset={model}", *rest] if model in PRESETS else [model, *rest])
     return resolved, resolved.config.preset
+
+
+def _held(resolved: Resolved) -> dict[str, Any]:
+    """Axes that the command line names, with their values; what a file says of its layout is searched anew."""
+    from megatron_slm.config.load import value_of
+    from megatron_slm.plan.search import PINNED
+
+    values = {
+        axis: value_of(resolved.config, key)
+        for axis, key in PINNED.items()
+        if resolved.provenance[key] == "command line"
+    }
+    return {axis: 1 if value is None else value for axis, value in values.items()}
 
 
 def _question(own: argparse.Namespace, resolved: Resolved) -> tuple[Question, list[str]]:

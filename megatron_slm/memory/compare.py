@@ -19,6 +19,9 @@ BETWEEN_STEPS = (PARAMETERS, GRADIENTS, MASTERS, MOMENTS)
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "MSLM_", "PMI_", "OMPI_")
 """Variables by which a launcher would tell a process that it is a rank."""
 
+NOTABLE = 0.001
+"""Share of the whole below which the difference of a layer is left to the files."""
+
 Sizes = Mapping[tuple[str, str], int]
 """(kind, layer) -> bytes at the worst moment."""
 
@@ -60,7 +63,7 @@ def sizes(rows: Iterable[Any], size: str = "size") -> dict[tuple[str, str], int]
 
 
 def table(found: Sequence[Difference]) -> str:
-    """One line for each kind, and for each layer in which predicted and measured are not the same."""
+    """One line for each kind, and for each layer in which predicted and measured differ notably."""
     whole = Difference("total", "", sum(row.predicted_bytes for row in found), sum(row.measured_bytes for row in found))
     unit, size = ("GiB", GIB) if whole.measured_bytes >= GIB else ("MiB", MIB)
     lines = [f"{'':<36}{f'predicted {unit}':>15}{f'measured {unit}':>15}{'difference':>12}"]
@@ -72,7 +75,7 @@ def table(found: Sequence[Difference]) -> str:
             lines += [
                 _line(row._replace(kind=f"  {row.layer or '(no layer)'}"), size)
                 for row in same
-                if row.predicted_bytes != row.measured_bytes
+                if abs(row.predicted_bytes - row.measured_bytes) > NOTABLE * whole.measured_bytes
             ]
     return "\n".join([*lines, _line(whole, size)])
 

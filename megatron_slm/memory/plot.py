@@ -36,5 +36,4 @@ def plot(found: Sequence[Ledger], file: Path) -> None:
     title = f"allocated through a step, pipeline stage {busiest.pipeline_rank}"
     step.set(xlabel="turn of the schedule", ylabel="GiB", title=title, ylim=(0, None))
     step.legend(fontsize="small")
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)

@@ -20,6 +20,8 @@ MFU = (
     "MFU: 6 FLOPs for each matrix weight a token meets + attention's causal half (mslm check), x tokens, over step x "
     "GPUs x bf16 dense peak; recomputation is not counted"
 )
+_NEAREST = "faster, but too large, or tight (--tight takes those that are expected to fit):"
+_NOTHING = "nothing fits; nearest are these. More GPUs, or GPUs with more memory, divide it further:"
 _HEAD = "tp pp vpp cp ep etp mbs recompute sp | step s  tok/s/GPU  MFU %  GiB low-high verdict | bubble % exposed s"
 
 
@@ -34,7 +36,7 @@ def table(found: Found, question: Question, shown: int, price: float | None) -> 
         *(_row(candidate, price) for candidate in found.fitting[:shown]),
     ]
     if found.near_misses:
-        lines += ["", "faster, but too large, or tight (--tight takes those that are expected to fit):"]
+        lines += ["", _NEAREST if found.fitting else _NOTHING]
         lines += [why_not(candidate, question) for candidate in found.near_misses[:shown]]
     if found.fitting:
         lines += ["", *_traffic_lines(found.fitting[0], question)]

@@ -75,6 +75,19 @@ class Space:
         return cls(tp, pp, vpp, cp, ep, tp, sequence_parallel=(True,), counted=counted)
 
 
+PINNED = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "etp": "parallel.expert_tensor_parallel_size",
+    "micro_batch": "train.micro_batch_size",
+    "sequence_parallel": "parallel.sequence_parallel",
+}
+"""Axis of a space -> key that holds it to one value where the user gives it."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One layout with what it would do."""
@@ -92,7 +105,8 @@ class Found:
     fitting: list[Candidate]
     """The fastest of those that fit, fastest first."""
     near_misses: list[Candidate]
-    """Faster than the fastest that fits, and too large or tight; fastest first."""
+    """Faster than the fastest that fits, and too large or tight; fastest first. Where nothing fits or nearly does, the
+    one that needs the least memory."""
     considered: int
     fits: int
     too_large: int
@@ -128,6 +142,7 @@ def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight
     refused: Counter[str] = Counter()
     fitting: list[Sized] = []
     large: list[Sized] = []
+    smallest: Sized | None = None
     too_large, considered, capacity = 0, 0, question.cluster.memory_bytes
     for config in layouts(question.config, space, question.cluster.gpus):
         considered += 1
@@ -137,6 +152,8 @@ def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight
         memory = memory_of(config)
         if memory.low > NEAR * capacity:
             too_large += 1
+            if smallest is None or memory.low < smallest.memory.low:
+                smallest = Sized(0.0, config, memory, memory.verdict(capacity))
             continue
         verdict = memory.verdict(capacity)
         fits = verdict == "fits" or (allow_tight and verdict == "tight" and memory.expected <= capacity)
@@ -148,6 +165,8 @@ def search(question: Question, space: Space, memory_of: MemoryOf, *, allow_tight
     limit = best[0].prediction.step_seconds if best else float("inf")
     near = fastest(question, [one for one in large if one.least_seconds < limit], NEAR_MISSES)
     near = [one for one in near if one.prediction.step_seconds < limit]
+    if not best and not near and smallest is not None:
+        near = fastest(question, [smallest], 1)
     return Found(best, near, considered, len(fitting), too_large + len(large), refused)
 
 

@@ -248,4 +248,7 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """The elements in row-major order, [bytes] int8; a view where the tensor is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.int8)
+    elements = tensor.detach().contiguous().view(-1)
+    if elements.numel() == 1:  # contiguous whatever its stride is, and a view of another format wants a stride of 1
+        elements = elements.as_strided((1,), (1,))
+    return elements.view(torch.int8)

@@ -117,7 +117,8 @@ def test_memory_is_asked_of_the_function_that_is_handed_in() -> None:
     space = Space.of(question.config, 8, 8)
     endless = MemoryRange(math.inf, math.inf, math.inf)
     nothing = search(question, space, lambda config: endless)
-    assert nothing.fitting == nothing.near_misses == []
+    assert nothing.fitting == []
+    assert [one.memory for one in nothing.near_misses] == [endless], "the one that needs the least is named all the same"
     assert nothing.too_large == nothing.considered - sum(nothing.refused.values())
 
 
@@ -178,6 +179,23 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(entry["inside_node"] for entry in sent["by_axis"]) == pytest.approx(sent["inside_node"], abs=10)
     assert all(rate["from"] for rate in record["rates"].values()), "every constant says where it comes from"
     assert all("needs" in miss["why_not"] for miss in record["near_misses"])
+
+
+def test_what_the_command_line_names_is_held(capsys: pytest.CaptureFixture[str]) -> None:
+    held = ("parallel.tensor_model_parallel_size=2", "train.micro_batch_size=1")
+    code, out, _ = run(capsys, *BASIC, *held, "--json", "--top", "50")
+    record = json.loads(out)
+    assert code == 0 and record["layouts"]
+    for one in record["layouts"]:
+        layout = one["layout"]
+        assert (layout["parallel.tensor_model_parallel_size"], layout["train.micro_batch_size"]) == (2, 1)
+    assert "parallel.tensor_model_parallel_size = 2 is held, as given." in record["notes"]
+
+
+def test_where_nothing_fits_the_smallest_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--model", "llama3-8b", "--cluster", "h100", "--gpus", "1", "--global-batch-size", "8")
+    assert code == 1
+    assert "nothing fits" in out and "recompute=full" in out and "of 79.1" in out
 
 
 def test_the_winner_is_written_as_a_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
