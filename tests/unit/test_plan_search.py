@@ -118,7 +118,9 @@ def test_memory_is_asked_of_the_function_that_is_handed_in() -> None:
     endless = MemoryRange(math.inf, math.inf, math.inf)
     nothing = search(question, space, lambda config: endless)
     assert nothing.fitting == []
-    assert [one.memory for one in nothing.near_misses] == [endless], "the one that needs the least is named all the same"
+    assert [one.memory for one in nothing.near_misses] == [endless], (
+        "the one that needs the least is named all the same"
+    )
     assert nothing.too_large == nothing.considered - sum(nothing.refused.values())
 
 
