@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from megatron_slm.plan.search import Candidate, Found
 
 EXIT_NOTHING_FITS = 1
+WIDE = 4.0
+"""Ratio of a rate's 90th to its 10th percentile above which it is not to be relied on."""
 TOKENS_OF_A_STEP = 4 * 2**20
 """Where no global batch is given: what large models are trained with (16 Mi in the last part of Llama 3's)."""
 
@@ -271,7 +274,18 @@ def calibrate(name: str, tokens: Sequence[str]) -> int:
     )
     if code == EXIT_OK:
         print(f"mslm: rates are in {own.output}; mslm plan --rates {own.output} ...", file=sys.stderr)
+        if (doubt := _doubt(own.output)) is not None:
+            print(f"mslm: {doubt}", file=sys.stderr)
     return code
+
+
+def _doubt(file: Path) -> str | None:
+    """What speaks against rates that were measured just now."""
+    spread = json.loads(file.read_text(encoding="utf-8"))["rates"]["spread"]
+    wide = [f"{name} ({low:.3g} to {high:.3g})" for name, (low, high) in spread.items() if high > WIDE * low]
+    if not wide:
+        return None
+    return f"measurements differ widely in {', '.join(wide)}. Measure again while nothing else runs on this machine."
 
 
 def _default_ranks(device: str) -> int:

@@ -132,7 +132,12 @@ def to_json(found: Found, question: Question, shown: int, price: float | None, n
             "cluster": {"name": cluster.name, "gpus": cluster.gpus, "gpus_per_node": cluster.gpus_per_node},
             "memory_bytes_per_gpu": round(cluster.memory_bytes),
             "rates": {
-                name: {"value": getattr(rates, name), "from": rates.provenance.get(name)} for name in constants()
+                name: {
+                    "value": getattr(rates, name),
+                    "spread": rates.spread.get(name),
+                    "from": rates.provenance.get(name),
+                }
+                for name in constants()
             },
             "mfu_definition": MFU,
             "considered": found.considered,
