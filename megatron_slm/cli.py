@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from megatron_slm.commands import checkpoint, convert, data, memory, plan, replay, training, verify
+from megatron_slm.commands import checkpoint, convert, data, doctor, memory, plan, replay, training, verify
 from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb
 from megatron_slm.errors import ConfigError, UserError
 
@@ -25,6 +25,7 @@ VERBS: Mapping[str, Verb] = {
     **memory.VERBS,
     **plan.VERBS,
     **replay.VERBS,
+    **doctor.VERBS,
 }
 
 

@@ -51,5 +51,11 @@ class SpikeError(UserError):
     exit_code = 1
 
 
+class ReplayError(UserError):
+    """A run that was to be made again has failed or ended early, so that there is nothing to compare."""
+
+    exit_code = 1
+
+
 class LaunchError(UserError):
     """The ranks cannot be started as asked."""

@@ -6,6 +6,7 @@ them each build one part; a newcomer may skip them. This is the only file that k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +26,8 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
 from megatron_slm.data.mixture import described
+from megatron_slm.doctor import determinism
+from megatron_slm.doctor.sources import Target
 from megatron_slm.errors import ConfigError
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
@@ -158,6 +161,7 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         )
     require_engine(config.precision, device)
     rules.require(config, environment.world_size, provenance=resolved.provenance)
+    held = deterministic(config, device, environment) if config.train.deterministic else None
     layout = Layout.from_config(config.parallel, environment.world_size)
 
     data = open_data(config, verify=environment.rank == 0)
@@ -166,7 +170,7 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
     master = (environment.master_addr, environment.master_port)
     bound = device_seam.bind(device, environment.local_rank)
     with (
-        own_directory(resolved, data, environment, device, fresh=fresh)
+        own_directory(resolved, data, environment, device, fresh=fresh, held=held)
         if environment.rank == 0
         else nullcontext() as accepted,
         process_groups(
@@ -187,13 +191,30 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         dist.barrier()  # a rank that leaves first would end another's last exchange
 
 
+def deterministic(config: RunConfig, device: str, environment: RankEnvironment) -> Target:
+    """Make this rank deterministic; gives the job as it was judged.
+
+    Raises:
+        ConfigError: a source of nondeterminism is active.
+    """
+    target = determinism.target_of(config, device, environment.world_size, os.environ)
+    determinism.hold(target)
+    return target
+
+
 @contextmanager
 def own_directory(
-    resolved: Resolved, data: Data, environment: RankEnvironment, device: str, *, fresh: bool
+    resolved: Resolved,
+    data: Data,
+    environment: RankEnvironment,
+    device: str,
+    *,
+    fresh: bool,
+    held: Target | None = None,
 ) -> Iterator[Origin]:
     """Take the run's directory for as long as the run lasts: create it, or accept the one there. Rank 0 alone.
 
-    Gives what the run's state is to be read from.
+    Gives what the run's state is to be read from. ``held`` is the job of a deterministic run.
 
     Raises:
         CheckpointError: another job uses it, it holds another run, or what it would resume is damaged;
@@ -201,9 +222,12 @@ def own_directory(
     """
     directory = RunDirectory(Path(resolved.config.log.runs_dir) / str(resolved.config.name))
     fields = identity(resolved.config, data)
+    contract = determinism.contract(held, device_seam.device_name(device)) if held is not None else None
     with run_directory.locked(directory):
         if not fresh:
             run_directory.check(resolved, identity=fields)
+            if contract is not None:
+                determinism.require_same(directory.path, contract)
         start = Cursor.start(data.order, data.tokenizer.hash)
         digest = identity_digest(resolved, data)
         origin = verify_origin(resolved.config, directory.checkpoints, start, digest, fresh=fresh)
@@ -217,6 +241,7 @@ def own_directory(
                 "world_size": environment.world_size,
                 "device": device_seam.device_name(device),
                 "threads_per_rank": torch.get_num_threads(),
+                "determinism": contract,
             },
         )
         yield origin

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -98,7 +99,9 @@ def job_trace(
 
 def build_declared(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> run.BuiltModel:
     """``run.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``."""
-    core = transformer_config(config.model, config.parallel, config.precision, config.train, device="cuda")
+    # Core's deterministic attention asks the environment of a GPU, and its lookup by indexing is not declared.
+    train = dataclasses.replace(config.train, deterministic=False)
+    core = transformer_config(config.model, config.parallel, config.precision, train, device="cuda")
     spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
     layers = run.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
     built = run.assemble_model(config, groups, device, vocab_size, layers=layers)

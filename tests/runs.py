@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_slm.config.load import Resolved
 from megatron_slm.launch.environment import RankEnvironment
 from tests.ranks import run_ranks
 
@@ -145,3 +146,19 @@ def differences(first: Any, second: Any, name: str = "") -> list[str]:
         pairs = enumerate(zip(first, second, strict=True))
         return [found for index, (a, b) in pairs for found in differences(a, b, f"{name}[{index}]")]
     return [] if first == second else [name]
+
+
+def start(resolved: Resolved, plant: Callable[[], None] | None = None) -> int:
+    """Train one configuration on as many ranks as it says, in the ranks of the tests."""
+    codes = run_ranks(_train_resolved, resolved.config.parallel.world_size or 1, resolved, plant)
+    assert len(set(codes)) == 1, f"ranks returned different codes: {codes}"
+    return int(codes[0])
+
+
+def _train_resolved(resolved: Resolved, plant: Callable[[], None] | None) -> int:
+    from megatron_slm import run
+
+    environment = rank_environment()
+    if plant is not None:
+        plant()
+    return run.train(resolved, environment)

@@ -90,6 +90,18 @@ def train(resolved: Resolved, ranks: int, start: Callable[[Resolved], int]) -> i
     Returns:
         0 when every run reached its target, else the code of the first that did not.
     """
+    code, runs = each(resolved, ranks, start)
+    if code == EXIT_OK:
+        print("\n" + _outcome(runs), flush=True)
+    return code
+
+
+def each(resolved: Resolved, ranks: int, start: Callable[[Resolved], int]) -> tuple[int, Sequence[RunConfig]]:
+    """Say what is changed, make up what is missing, and call ``start`` with one small run after another.
+
+    Returns:
+        0, or the first other code, which ends it; and the small runs.
+    """
     from megatron_slm.config.load import Resolved as ResolvedRun
     from megatron_slm.launch.local import threads_per_rank
 
@@ -97,16 +109,15 @@ def train(resolved: Resolved, ranks: int, start: Callable[[Resolved], int]) -> i
     print(shown(resolved, small, made_up), flush=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
     if made_up and (code := _make_up(made_up)) != EXIT_OK:
-        return code
+        return code, small.runs
     changed = {change.key for change in small.changes}
     provenance = {key: _SOURCE if key in changed else source for key, source in resolved.provenance.items()}
     for number, run in enumerate(small.runs, 1):
         print(f"\n=== {number} of {len(small.runs)}: {run.name} ===", flush=True)
         code = start(ResolvedRun(run, provenance))
         if code != EXIT_OK:
-            return code
-    print("\n" + _outcome(small.runs), flush=True)
-    return EXIT_OK
+            return code, small.runs
+    return EXIT_OK, small.runs
 
 
 def _corpora(config: RunConfig) -> dict[str, str] | None:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_slm.commands.command import EXIT_OK, Verb, parser_of, path_of
+from megatron_slm.commands import downscaled
+from megatron_slm.commands.command import (
+    EXIT_OK,
+    OVERRIDES,
+    Verb,
+    accepted,
+    parser_of,
+    path_of,
+    resolve,
+    stopped_by_sigterm,
+)
+from megatron_slm.commands.training import start_ranks
 from megatron_slm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_slm.config.load import Resolved
 
 EXIT_DIFFERENT = 1
 
@@ -69,7 +89,171 @@ def replay_diff(name: str, tokens: Sequence[str]) -> int:
     return EXIT_DIFFERENT
 
 
+def replay_resume_check(name: str, tokens: Sequence[str]) -> int:
+    """``mslm replay resume-check``: whether a resumed run makes the steps that the run would have made."""
+    parser = parser_of(
+        name,
+        "[CONFIG] [key=value | --flag ...] --at K [--steps M] [--downscale [--ranks N]]",
+        "Run a configuration to step K + M, resume it from its checkpoint of step K in a second run, and compare every "
+        "recorded tensor of the M steps on every rank. The runs lie in a directory of their own, NAME-resume-check, "
+        "and are started anew each time. Exit code 0 if all is equal to the last bit, 1 if not.",
+        example="mslm replay resume-check examples/llama3-405b/config.yaml --at 3 --downscale",
+        notes=OVERRIDES,
+    )
+    parser.add_argument("--at", type=int, required=True, metavar="K", help="completed steps of the checkpoint")
+    parser.add_argument("--steps", type=int, default=3, metavar="M", help="steps behind it (default: %(default)s)")
+    downscaled.add_options(
+        parser.add_mutually_exclusive_group(),
+        parser,
+        "shrink the job to a few ranks of this machine with its structure kept, and check each of the small runs",
+    )
+    own, rest = parser.parse_known_args(tokens)
+    _refuse_launcher(name)
+    from megatron_slm.replay.resume import require_steps, resume_check
+
+    def check(resolved: Resolved) -> int:
+        found = resume_check(resolved, _start, at=own.at, steps=own.steps)
+        print(found.render(), flush=True)
+        return EXIT_OK if found.equal else EXIT_DIFFERENT
+
+    if (ranks := downscaled.ranks_of(own)) is not None:
+        return downscaled.each(resolve(rest), ranks, check)[0]
+    resolved = accepted(rest, None)
+    require_steps(resolved, own.at, own.steps)
+    return check(resolved)
+
+
+def replay_step(name: str, tokens: Sequence[str]) -> int:
+    """``mslm replay step``: a recorded step made again."""
+    parser = parser_of(
+        name,
+        "RUN N [--capture op]",
+        "Make step N of a recorded run again, from the nearest checkpoint before it, with the configuration and the "
+        "number of threads that were recorded, and compare it with the recording. The replay lies in a directory of "
+        "its own, RUN-replay. Exit code 0 if it is equal to the last bit, 1 if not.",
+        example="mslm replay step runs/kjv 120 --capture op",
+    )
+    parser.add_argument("run", type=path_of, metavar="RUN", help="directory of a run that was recorded")
+    parser.add_argument("step", type=int, metavar="N")
+    parser.add_argument("--capture", choices=("op",), help="record every operation of step N")
+    own = parser.parse_args(tokens)
+    _refuse_launcher(name)
+    from megatron_slm.replay import step
+    from megatron_slm.replay.capsule import Capsule
+
+    recording = Capsule.of(own.run)
+    step.require_recorded(recording, own.step)
+    with stopped_by_sigterm():
+        start = _start_with(step.threads(recording, own.step))
+        found = step.replay_step(recording, own.step, start, capture=own.capture)
+    print(found.render())
+    return EXIT_OK if found.equal else EXIT_DIFFERENT
+
+
+def replay_bisect(name: str, tokens: Sequence[str]) -> int:
+    """``mslm replay bisect``: the first operation in which two runs part."""
+    parser = parser_of(
+        name,
+        "A B",
+        "Name the first difference of two recorded runs of one layout down to the module and its operation: by their "
+        "recordings, then by making the step in which they part again, once for each. The replays lie in A-replay and "
+        "B-replay. Exit code 0 if the runs are equal, 1 if not.",
+        example="mslm replay bisect runs/first runs/second",
+    )
+    parser.add_argument("runs", nargs=2, type=path_of, metavar="RUN", help="directories of runs that were recorded")
+    own = parser.parse_args(tokens)
+    _refuse_launcher(name)
+    from megatron_slm.replay import bisect, step
+    from megatron_slm.replay.capsule import Capsule
+
+    def replay(recording: Capsule, number: int) -> step.ReplayedStep:
+        start = _start_with(step.threads(recording, number))
+        return step.replay_step(recording, number, start, capture=step.OPERATIONS)
+
+    with stopped_by_sigterm():
+        first, second = map(Capsule.of, own.runs)
+        found = bisect.bisect(first, second, replay)
+    print(found.render())
+    return EXIT_OK if found.divergence is None else EXIT_DIFFERENT
+
+
+def replay_sdc(name: str, tokens: Sequence[str]) -> int:
+    """``mslm replay sdc``: results that were computed wrongly once."""
+    parser = parser_of(
+        name,
+        "RUN --every S",
+        "Make every S-th step of a recorded run again on the same ranks, and name every result that is not repeated, "
+        "with its rank. A fault that is there each time is repeated too, and is not found so. Exit code 0 if all is "
+        "equal to the last bit, 1 if not.",
+        example="mslm replay sdc runs/kjv --every 100",
+    )
+    parser.add_argument("run", type=path_of, metavar="RUN", help="directory of a run that was recorded")
+    parser.add_argument("--every", type=int, required=True, metavar="S")
+    own = parser.parse_args(tokens)
+    if own.every < 1:
+        raise ConfigError(f"--every {own.every}: steps are counted from 1 on; give 1 for all of them.")
+    _refuse_launcher(name)
+    from megatron_slm.replay import sdc, step
+    from megatron_slm.replay.capsule import Capsule
+
+    recording = Capsule.of(own.run)
+
+    def replay(number: int, attempt: int) -> step.ReplayedStep:
+        return step.replay_step(recording, number, _start_with(step.threads(recording, number)), attempt=attempt)
+
+    with stopped_by_sigterm():
+        chosen, findings = sdc.hunt(recording, own.every, replay)
+    for finding in findings:
+        print(finding)
+    print(f"{len(chosen)} step(s) from {chosen[0]} to {chosen[-1]} made again, {len(findings)} difference(s)")
+    return EXIT_DIFFERENT if findings else EXIT_OK
+
+
+def _start(resolved: Resolved) -> int:
+    """Start the ranks of a run; those that cannot be forked read its configuration from a file beside it."""
+    command = ["train", str(_written(resolved))]
+    return start_ranks(resolved, command, argparse.Namespace(fresh=False, lr_range_test=None))
+
+
+def _start_with(threads: int) -> Callable[[Resolved], int]:
+    """The same in a process of its own: torch counts its threads once, when it is first imported."""
+
+    def start(resolved: Resolved) -> int:
+        command = [sys.executable, "-m", "megatron_slm.cli", "train", str(_written(resolved))]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        sys.stdout.flush()
+        return subprocess.run(command, env=environment, check=False).returncode
+
+    return start
+
+
+def _written(resolved: Resolved) -> Path:
+    """The configuration in a file beside its run."""
+    file = Path(resolved.config.log.runs_dir) / f"{resolved.config.name}.yaml"
+    file.write_text(resolved.to_yaml(), encoding="utf-8")
+    return file
+
+
+def _refuse_launcher(name: str) -> None:
+    """Refuse to be one rank of several.
+
+    Raises:
+        ConfigError: a launcher has started this process.
+    """
+    from megatron_slm.launch.environment import from_environment
+
+    if (environment := from_environment(os.environ)) is not None:
+        raise ConfigError(
+            f"mslm {name} starts ranks of its own on this machine, but {environment.launcher} started this process as "
+            "one. Run it without a launcher."
+        )
+
+
 VERBS: Mapping[str, Verb] = {
     "replay show": Verb("show what a run has recorded of itself", replay_show),
     "replay diff": Verb("name the first place where two recorded runs part, and why", replay_diff),
+    "replay resume-check": Verb("prove that a resumed run goes on as it would have gone on", replay_resume_check),
+    "replay step": Verb("make a recorded step again, and compare", replay_step),
+    "replay bisect": Verb("name the first operation in which two recorded runs part", replay_bisect),
+    "replay sdc": Verb("make recorded steps again, to find results that were wrong once", replay_sdc),
 }

@@ -64,7 +64,7 @@ def train(name: str, tokens: Sequence[str]) -> int:
     if (ranks := downscaled.ranks_of(own)) is not None:
         return _train_downscaled(rest, ranks, own, environment)
     if environment is None:
-        return _start_ranks(accepted(rest, None), ["train", *tokens], own)
+        return start_ranks(accepted(rest, None), ["train", *tokens], own)
     from megatron_slm.launch.rank import run_rank
 
     def entry(environment: RankEnvironment) -> int:
@@ -178,13 +178,20 @@ def _with_range(tokens: Sequence[str]) -> list[str]:
     return filled
 
 
-def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namespace) -> int:
-    """Start the ranks on this machine and wait for them; ``command`` is the verb with its tokens."""
+def start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namespace) -> int:
+    """Start the ranks on this machine and wait for them.
+
+    Args:
+        command: the verb with its tokens, for ranks that cannot be forked.
+        own: the options of ``train``.
+    """
     from megatron_slm.launch.local import run_local
     from megatron_slm.parallel.device import choose_device, preload
 
     parallel = resolved.config.parallel
     world_size = parallel.world_size or parallel.smallest_world_size
+    if resolved.config.train.deterministic:
+        _require_deterministic(resolved, choose_device(parallel.device), world_size)
 
     def preload_run() -> None:
         preload("cpu")
@@ -205,6 +212,20 @@ def _start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Names
     )
 
 
+def _require_deterministic(resolved: Resolved, device: str, world_size: int) -> None:
+    """Refuse what every rank would refuse, before the launcher has chosen their threads.
+
+    Raises:
+        ConfigError: a source of nondeterminism is active.
+    """
+    from megatron_slm.parallel.device import preload
+
+    preload(device)
+    from megatron_slm.doctor import determinism
+
+    determinism.require(determinism.target_of(resolved.config, device, world_size, os.environ))
+
+
 def _train_downscaled(
     tokens: Sequence[str], ranks: int, own: argparse.Namespace, environment: RankEnvironment | None
 ) -> int:
@@ -219,7 +240,7 @@ def _train_downscaled(
             "one. Run mslm train --downscale without a launcher."
         )
     anew = argparse.Namespace(**{**vars(own), "fresh": True})
-    return downscaled.train(resolve(tokens), ranks, lambda resolved: _start_ranks(resolved, ["train"], anew))
+    return downscaled.train(resolve(tokens), ranks, lambda resolved: start_ranks(resolved, ["train"], anew))
 
 
 def _train_rank(resolved: Resolved, environment: RankEnvironment, own: argparse.Namespace) -> int:

@@ -56,6 +56,9 @@ def transformer_config(
         recompute_modules=list(train.recompute_modules) if train.recompute_granularity == "selective" else None,
         # The loss is a sum over tokens and is divided by their number in the whole global batch, once.
         calculate_per_token_loss=True,
+        # Core looks tokens up by indexing then. On CPU ranks that is the way whose gradient has no fixed order, and
+        # F.embedding the one that has.
+        deterministic_mode=train.deterministic and device == "cuda",
         deallocate_pipeline_outputs=can_free_while_sending(device),
         # Interleaving over two ranks makes the next and the previous rank the same one; batched exchanges then match
         # the wrong pairs (first loss off by 4e-5 without an error). The overlapped exchange uses a second group there.

@@ -70,7 +70,8 @@ class Listener:
             self._page.note_soon(phase, micro_batch, names, tensors)
         if phase is Phase.OUTPUT:
             for part, tensor in zip(names, tensors, strict=True):
-                if tensor.requires_grad:
+                # A leaf is a parameter, as core's bias that is added later: a hook on it would stay for good.
+                if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(self._after_backward, part, micro_batch))
 
     def _after_backward(self, name: str, micro_batch: int, gradient: Tensor) -> None:

@@ -15,15 +15,15 @@ SHOWN = 8
 """Facts that are listed as evidence."""
 
 
-def divergence_text(found: Divergence, why: Cause) -> str:
-    """A paragraph: where, after what, and why."""
+def divergence_text(found: Divergence, why: Cause, module: str | None = None) -> str:
+    """A paragraph: where, after what, and why; ``module`` where it is known better than by the tensor's name."""
     when = f"the start behind step {found.step}" if found.start else f"step {found.step}"
     micro_batch = f", micro-batch {found.key.micro_batch}" if found.key.phase in _BY_MICRO_BATCH else ""
     also = f"; later in it also rank {', '.join(map(str, found.others))}" if found.others else ""
     lines = [
         f"first difference: {when}, rank {found.rank}{also}",
         f"  phase     {phase_name(found.key.phase)}{micro_batch}",
-        f"  module    {found.module}",
+        f"  module    {module or found.module}",
         f"  tensor    {found.key.name}" + (f" (only in the {found.only_in} run)" if found.only_in else ""),
         f"  inputs    {_inputs(found)}",
         f"  cause     {why.kind}: {why.why}",

@@ -15,6 +15,12 @@ class TrainConfig:
     global_batch_size: int = option(8, "samples of one optimizer step, over all ranks", minimum=1)
     train_iters: int = option(100, "optimizer steps of the whole run", minimum=0)
     seed: int = option(1234, "seed of initialisation, dropout and (by default) sample order", minimum=0)
+    deterministic: bool = option(
+        False,
+        "take deterministic algorithms alone, and refuse to start while anything is active that "
+        "mslm doctor determinism lists",
+        flag="deterministic-mode",
+    )
     eval_interval: int | None = option(None, "steps between validations; default only at the end", minimum=1)
     eval_iters: int = option(
         8, "global batches of one validation, the same samples each time; 0 switches it off", minimum=0
