@@ -127,7 +127,7 @@ def _peaks(memory: MemoryFindings) -> Iterable[str]:
         f"fullest micro-batch of a run gives a rank's experts {FULLEST:g} times an even share of tokens. What the "
         "routers do in a run stays its own: the files of Megatron's tests hold the maximum after every few steps, and "
         "that of Mixtral 8x7B on H100 begins at 24.1 GiB, is 24.7 GiB after 20 steps, and is 23.5 to 23.9 GiB each "
-        "time the job is begun again with trained routers. In FP8 what a product keeps is counted as in bf16."
+        "time the job is begun again with trained routers."
     )
     groups = {
         "all": memory.peaks,
