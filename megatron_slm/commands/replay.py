@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
 
 EXIT_DIFFERENT = 1
+STDERR = 2
 
 
 def replay_show(name: str, tokens: Sequence[str]) -> int:
@@ -209,20 +210,60 @@ def replay_sdc(name: str, tokens: Sequence[str]) -> int:
     return EXIT_DIFFERENT if findings else EXIT_OK
 
 
+def replay_layout_diff(name: str, tokens: Sequence[str]) -> int:
+    """``mslm replay layout-diff``: two runs whose ranks have cut the model otherwise."""
+    parser = parser_of(
+        name,
+        "A B [--at STEP] [--reference RUN] [--json]",
+        "Compare two runs of one configuration under different layouts: the samples, loss and gradient norm of each "
+        "step, and every tensor of a common checkpoint by its global name. What counts as equal is measured: A is made "
+        "again from weights moved by one unit in the last place, in A-layout-diff, or --reference names such a run. "
+        "Exit code 0 if all is within tolerance, 1 if not.",
+        example="mslm replay layout-diff runs/tp1 runs/tp2 --at 10",
+    )
+    parser.add_argument("runs", nargs=2, type=path_of, metavar="RUN", help="directories of runs")
+    parser.add_argument("--at", type=int, metavar="STEP", help="common checkpoint to end at (default: the newest)")
+    parser.add_argument("--reference", type=path_of, metavar="RUN", help="A under rounding errors, made before")
+    parser.add_argument("--json", action="store_true", help="print one JSON line")
+    own = parser.parse_args(tokens)
+    _refuse_launcher(name)
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.replay.layouts import layout_diff
+    from megatron_slm.replay.perturbed import perturbed_run
+    from megatron_slm.verify.tolerance import Unit
+
+    first, second = own.runs
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+    def reference(steps: Sequence[int]) -> Path:
+        return own.reference or perturbed_run(first, steps, _start_with(threads, stdout=STDERR))
+
+    with stopped_by_sigterm():
+        found = layout_diff((first, second), reference, lambda precision: Unit(precision).tolerance, at=own.at)
+    print(found.to_json() if own.json else found.render())
+    return EXIT_OK if found.equal else EXIT_DIFFERENT
+
+
 def _start(resolved: Resolved) -> int:
     """Start the ranks of a run; those that cannot be forked read its configuration from a file beside it."""
     command = ["train", str(_written(resolved))]
     return start_ranks(resolved, command, argparse.Namespace(fresh=False, lr_range_test=None))
 
 
-def _start_with(threads: int) -> Callable[[Resolved], int]:
-    """The same in a process of its own: torch counts its threads once, when it is first imported."""
+def _start_with(threads: int, stdout: int | None = None) -> Callable[[Resolved], int]:
+    """The same in a process of its own: torch counts its threads once, when it is first imported.
+
+    Args:
+        stdout: file descriptor that takes what the run prints; default this process's standard output.
+    """
 
     def start(resolved: Resolved) -> int:
         command = [sys.executable, "-m", "megatron_slm.cli", "train", str(_written(resolved))]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         sys.stdout.flush()
-        return subprocess.run(command, env=environment, check=False).returncode
+        return subprocess.run(command, env=environment, stdout=stdout, check=False).returncode
 
     return start
 
@@ -256,4 +297,5 @@ VERBS: Mapping[str, Verb] = {
     "replay step": Verb("make a recorded step again, and compare", replay_step),
     "replay bisect": Verb("name the first operation in which two recorded runs part", replay_bisect),
     "replay sdc": Verb("make recorded steps again, to find results that were wrong once", replay_sdc),
+    "replay layout-diff": Verb("compare runs of two layouts, within measured rounding", replay_layout_diff),
 }

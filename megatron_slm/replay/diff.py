@@ -127,7 +127,7 @@ def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
         layouts = [capsule.manifest(1)["layout"] for capsule in (first, second)]
         raise ConfigError(
             f"The runs have other layouts ({_shown(layouts[0])} and {_shown(layouts[1])}): their ranks hold other "
-            "parts of the model and cannot be compared one to one. mslm verify compares a layout with one rank."
+            "parts of the model and cannot be compared one to one. mslm replay layout-diff compares other layouts."
         )
     return {rank: group.index(rank) for group in groups[0]["pp"] for rank in group}
 

@@ -1,0 +1,87 @@
+"""Two layouts of one run: equal within measured rounding, and a parallelism bug named with its module."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_slm import cli
+from megatron_slm.errors import ConfigError
+from megatron_slm.replay.layouts import LayoutDifference, layout_diff
+from megatron_slm.verify.tolerance import Unit
+from tests import parallel_bugs as bugs, runs
+
+STEPS = ("train.train_iters=2", "train.eval_iters=0", "checkpoint.save_interval=1")
+TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run on one rank and on two; comparing them has made the first one again from perturbed weights."""
+    place = tmp_path_factory.mktemp("layouts")
+    assert runs.train(place / "one", runs.corpus(place), 1, "parallel.world_size=1", *STEPS) == 0
+    assert runs.train(place / "two", runs.corpus(place), 2, *TP2, *STEPS) == 0
+    with (place / "shown").open("w") as shown, contextlib.redirect_stdout(shown):
+        assert cli.main(["replay", "layout-diff", str(place / "one"), str(place / "two")]) == 0
+    return place
+
+
+def compared(place: Path, other: str, at: int | None = None) -> LayoutDifference:
+    def reference(steps: Sequence[int]) -> Path:
+        return place / "one-layout-diff" / "perturbed"
+
+    return layout_diff((place / "one", place / other), reference, lambda unit: Unit(unit).tolerance, at=at)
+
+
+def test_two_tensor_parallel_ranks_are_equal_within_tolerance(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = place / "one-layout-diff"
+    start, moved = runs.contents(made / "initial" / "checkpoints" / "iter_0000001"), runs.contents(made / "moved")
+    name = "decoder.layers.mlp.linear_fc1.weight"
+    away = (moved[name] - start[name]).abs() / start[name].abs()
+    assert float(away.min()) > 0.0 and float(away.max()) < 2.0**-22, "each weight by one unit in the last place"
+    assert runs.losses(place / "one") != runs.losses(place / "two"), "not to the last bit"
+    expected = "equal within tolerance: 1 rank against tp2; losses and gradient norms of steps 1 to 2, 108 tensors"
+    assert (place / "shown").read_text().startswith(expected), "nothing of what the runs print"
+    command = ["replay", "layout-diff", str(place / "one"), str(place / "two")]
+    assert cli.main([*command, "--reference", str(made / "perturbed"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["equal"] and told["steps"] == [1, 2] and told["worst"] is None and not told["settings"]
+    assert 0.0 < told["largest"] < 1.0
+    assert told["compared"] == 4 * (3 + 4 * 6), "every layer's tensors count for themselves"
+    with pytest.raises(ConfigError, match=r"the checkpoints of steps \[1, 2\] in common"):
+        compared(place, "two", at=3)
+
+
+def test_gradients_of_norms_that_are_not_summed_are_flagged(place: Path) -> None:
+    planted = bugs.norm_gradients_not_summed
+    assert runs.train(place / "unsummed", runs.corpus(place), 2, *TP2, *STEPS, plant=planted) == 0
+    found = compared(place, "unsummed")
+    assert not found.equal and found.worst is not None and found.tensors[0].step == 1
+    assert found.worst.module.endswith("norm") and found.worst.ratio > 100.0
+    assert not found.displaced and found.loss_parted != 1, "the forward pass of step 1 is right"
+    assert "the forward pass is right" in found.render() and f"its module     {found.worst.module}" in found.render()
+    told = json.loads(found.to_json())
+    assert told["worst"]["module"] == found.worst.module and told["equal"] is False
+
+
+def test_swapped_shards_and_other_data_are_flagged(place: Path) -> None:
+    planted = bugs.shards_of_two_ranks_swapped
+    assert runs.train(place / "swapped", runs.corpus(place), 2, *TP2, *STEPS, plant=planted) == 0
+    found = compared(place, "swapped", at=1)
+    assert not found.equal and found.loss_parted == 1
+    assert {one.module for one in found.displaced} == {
+        f"decoder.layers.{n}.self_attention.linear_qkv" for n in range(4)
+    }
+    assert found.worst in found.displaced and "it was other from the start" in found.render()
+    metrics = place / "swapped" / "metrics.jsonl"
+    records = [{**record, "sample_digest": "other"} for record in runs.records(place / "swapped")]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = runs.checkpoint_path(place / "swapped", 2) / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1234", "seed: 4321"))
+    found = compared(place, "swapped")
+    assert found.samples == 1 and not found.tensors and "other samples from step 1 on" in found.render()
+    assert found.settings == ("train.seed: 1234 and 4321",) and found.settings[0] in found.render()
