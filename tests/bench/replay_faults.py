@@ -9,6 +9,7 @@ that: each that is called different is a false alarm.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -38,7 +39,13 @@ DP = ("parallel.overlap_grad_reduce=true",)
 DP_WHOLE = (*DP, "parallel.use_distributed_optimizer=false", "train.global_batch_size=6")
 TP_PP = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
 EXPERTS = ("model.num_moe_experts=4", "parallel.expert_model_parallel_size=2", "model.moe_router_topk=2")
-ONE_WIDE = ("model.hidden_size=256", "model.seq_length=128")
+ONE_WIDE = (
+    "model.hidden_size=256",
+    "model.seq_length=128",
+    "model.normalization=LayerNorm",
+    "train.micro_batch_size=8",
+)
+"""Large enough that threads divide the sum of a norm's weight gradient."""
 Plant = Callable[[], None]
 
 
@@ -78,7 +85,7 @@ FAULTS: dict[str, Fault] = {
         2, (2,), LOCAL, plants.STRUCK, CORRUPT, plant=partial(plants.gradient_bit, 2, 0)
     ),
     "gradient, high bit": Fault(
-        2, (1,), LOCAL, plants.STRUCK, CORRUPT, plant=partial(plants.gradient_bit, 1, 14)
+        2, (1,), LOCAL, plants.STRUCK, CORRUPT, plant=partial(plants.gradient_bit, 1, 5)
     ),
     "gradient dropped": Fault(2, (3,), LOCAL, plants.STRUCK, CORRUPT, plant=partial(plants.gradient_dropped, 3)),
     "reduced gradient": Fault(
@@ -193,11 +200,9 @@ class Workshop:
         layout = ("parallel.world_size=2", "parallel.pipeline_model_parallel_size=2", "replay.level=light")
         for name, own in (("coarse", ()), ("coarse-epsilon", ("model.layernorm_epsilon=1e-3",))):
             self._train(self.folder / name, self._corpora[""], 2, (*RECORD, *layout, *own), None)
-        found = bisect(
-            Capsule.of(self.folder / "coarse"),
-            Capsule.of(self.folder / "coarse-epsilon"),
-            lambda capsule, step: replay_step(capsule, step, runs.start, capture="op"),
-        )
+        first, second = Capsule.of(self.folder / "coarse"), Capsule.of(self.folder / "coarse-epsilon")
+        with contextlib.redirect_stdout(sys.stderr):
+            found = bisect(first, second, lambda capsule, step: replay_step(capsule, step, runs.start, capture="op"))
         print(found.render().splitlines()[-1] if found.divergence is None else f"bisected: {found.descent[-1]}")
         return found.replays
 
@@ -218,7 +223,8 @@ class Workshop:
 
     @staticmethod
     def _train(directory: Path, data: Path, ranks: int, options: tuple[str, ...], plant: Plant | None) -> None:
-        code = runs.train(directory, data, ranks, *options, plant=plant)
+        with contextlib.redirect_stdout(sys.stderr):
+            code = runs.train(directory, data, ranks, *options, plant=plant)
         if code not in (0, 75):
             raise SystemExit(f"{directory.name} ended with {code}")
 

@@ -171,13 +171,16 @@ def test_threads_per_rank_share_the_cores() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stop_request_remembers_and_restores(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        assert not stop.requested and stop.signal_name is None, "nobody has asked yet"
-        signal.raise_signal(number)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.requested and stop.signal_name == number.name, "the first signal is the reason"
-    assert signal.getsignal(number) is before, "the handler from before is back"
+    outside = signal.signal(number, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    try:
+        with StopRequest() as stop:
+            assert not stop.requested and stop.signal_name is None, "nobody has asked yet"
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.requested and stop.signal_name == number.name, "the first signal is the reason"
+        assert signal.getsignal(number) is signal.SIG_DFL, "the handler from before is back"
+    finally:
+        signal.signal(number, outside)
 
 
 def test_stop_request_leaves_an_ignored_ctrl_c_ignored() -> None:
