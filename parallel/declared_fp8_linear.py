@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.parallel import declared_experts, declared_linear
@@ -30,9 +29,9 @@ from megatron_slm.parallel.declared_fp8 import (
     quantize,
     quantize_weight,
 )
-from megatron_slm.parallel.declared_linear import Exchange, reduced
+from megatron_slm.parallel.declared_linear import Exchange, reduced, summed
 from megatron_slm.parallel.declared_norm import norm_backward
-from megatron_slm.parallel.declared_ops import dummy_gradient, kernel, scatter_rows, workspace
+from megatron_slm.parallel.declared_ops import dummy_gradient, kernel, workspace
 
 
 class Call(NamedTuple):
@@ -270,11 +269,7 @@ def project(own: Quantized, x: Tensor, call: Call) -> Tensor:
     out = x.new_empty(whole.rows[0].shape[0], call.copies.rows[0].shape[0])
     kernel("gemm", [*whole.rows, *call.copies.rows], [out], 2 * out.numel() * call.copies.rows[0].shape[1])
     del whole
-    if exchange.mode == "row" and exchange.divided:
-        if exchange.sequence_parallel:
-            return scatter_rows(out, exchange.group)
-        dist.all_reduce(out, group=exchange.group)
-    return out
+    return summed(out, exchange)
 
 
 def whole_gradient(grad_output: Tensor, call: Call) -> Quantized:

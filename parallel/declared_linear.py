@@ -204,6 +204,11 @@ def project(rows: Tensor, weight: Tensor, exchange: Exchange) -> Tensor:
         rows = gather_rows(rows, exchange.group)
     out = matmul(rows, weight)
     del rows
+    return summed(out, exchange)
+
+
+def summed(out: Tensor, exchange: Exchange) -> Tensor:
+    """Behind a row-parallel product [T, O]: the sum over its group, or this rank's rows of it; else as it is."""
     if exchange.mode == "row" and exchange.divided:
         if exchange.sequence_parallel:
             return scatter_rows(out, exchange.group)

@@ -7,6 +7,7 @@ with overlapped ones. All of them have one size, so that their number is enough.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable
 
@@ -103,7 +104,7 @@ POPPED = ("popped input", "popped output", "popped gradient")
 SENT, BACKWARD_BUFFER = "forward_output_tensor", "bwd_recv_buffer"
 
 
-class _Schedule:
+class _Schedule(ABC):
     """Variables and lists of one schedule of core."""
 
     def __init__(self, rank: int, stages: int, chunks: int, micro_batches: int, *, frees_outputs: bool) -> None:
@@ -128,13 +129,13 @@ class _Schedule:
             self.end()
         return self.names.alive
 
+    @abstractmethod
     def forward(self, chunk: int) -> int:
         """Buffers during a forward pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(self, chunk: int) -> int:
         """Buffers during a backward pass."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """The schedule returns: what the chunks were given last is left."""

@@ -208,3 +208,4 @@ def test_ranks_die_with_a_killed_parent(
     process.kill()
     process.wait()
     wait_until(lambda: survivors(tmp_path) == [], "the end of the ranks")
+    assert survivors(tmp_path) == []

@@ -15,7 +15,7 @@ from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.cause import cause
 from megatron_slm.replay.diff import first_divergence
 from megatron_slm.replay.stream import Flag, Frame, Phase
-from tests import runs
+from tests import replay_plants as plants, runs
 from tests.ranks import RankFailure
 
 STEPS = 3
@@ -30,7 +30,6 @@ TP2_PP2 = (
     "train.recompute_method=uniform",
     "train.recompute_num_layers=1",
 )
-STRUCK = "decoder.layers.1.mlp.linear_fc2.weight"
 
 
 @pytest.fixture(scope="module")
@@ -66,37 +65,6 @@ def differing(first: Path, second: Path, rank: int, step: int) -> list[tuple[Pha
     names = Capsule.of(first).names(rank)
     pairs = zip(frame(first, rank, step).records, frame(second, rank, step).records, strict=True)
     return [(Phase(int(one["phase"])), names[one["name"]].split()[0]) for one, other in pairs if one != other]
-
-
-def flip(rank: int, step: int) -> None:
-    """The lowest bit of one element of one rank's own gradient, where it is accumulated."""
-    import torch
-
-    from megatron_slm import run
-    from megatron_slm.train.hook import Hook
-    from megatron_slm.train.optimizer_state import named_parameters
-
-    struck_before: list[bool] = []
-
-    def strike(gradient: Any) -> Any:
-        struck_before.append(True)
-        if len(struck_before) > 1:  # flips in two micro-batches may add up to nothing
-            return gradient
-        struck = gradient.clone()
-        struck.view(-1).view(torch.int16)[5] ^= 1
-        return struck
-
-    class Flip(Hook):
-        def before_forward(self, state: Any, inputs: Any) -> None:
-            if state.step + 1 == step and torch.distributed.get_rank() == rank:
-                self.handle = dict(named_parameters(state.chunks))[STRUCK].register_hook(strike)
-
-        def after_backward(self, state: Any, inputs: Any) -> None:
-            if hasattr(self, "handle"):
-                self.handle.remove()
-
-    build = run.build_hooks
-    run.build_hooks = lambda *given, **named: [*build(*given, **named), Flip()]
 
 
 def spoil_step_4() -> None:
@@ -151,15 +119,15 @@ def test_one_flipped_bit_is_one_record_and_is_named(
     plain: Path, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     struck = folder / "struck"
-    assert runs.train(struck, data, 4, *RECORD, *DP4, plant=partial(flip, 2, 2)) == 0
+    assert runs.train(struck, data, 4, *RECORD, *DP4, plant=partial(plants.gradient_bit, 2, 0)) == 0
     assert [differing(plain, struck, rank, 1) for rank in range(4)] == [[]] * 4
     for rank in range(4):
         own = [name for phase, name in differing(plain, struck, rank, 2) if phase <= Phase.LOCAL_GRADIENT]
-        assert own == ([STRUCK] if rank == 2 else [])
+        assert own == ([plants.STRUCK] if rank == 2 else [])
     assert cli.main(["replay", "diff", str(plain), str(struck), "--json"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["step"], found["rank"], found["phase"]) == (2, 2, "local gradient")
-    assert (found["tensor"], found["module"]) == (STRUCK, STRUCK.removesuffix(".weight"))
+    assert (found["tensor"], found["module"]) == (plants.STRUCK, plants.STRUCK.removesuffix(".weight"))
     assert found["inputs_equal"] is True and found["cause"] == "silent corruption"
 
 

@@ -24,7 +24,8 @@ def watched(config: TrainConfig, steps: int = 100, seed: int = 0) -> Guard:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_ordinary_noise_is_no_spike(seed: int) -> None:
-    watched(TrainConfig(), steps=500, seed=seed)
+    guard = watched(TrainConfig(), steps=500, seed=seed)
+    assert guard.judge(1.5, 1.0, suspected=False).kind == "good", "the 501st, where the loss has come to"
 
 
 @pytest.mark.parametrize(("loss", "norm", "named"), [(6.0, 1.0, "loss"), (3.6, 50.0, "gradient norm")])
