@@ -279,8 +279,7 @@ def assemble_model(
         seed=config.train.seed,
         spec=(layers.spec, layers.norm),
         device=device,
-        z_loss_coefficient=config.train.z_loss_coefficient,
-        label_smoothing=config.train.label_smoothing,
+        ending=pretrain.ending(config.train, vocab_size),
     )
     half = config.precision.bf16
     chunks = wrap(

@@ -8,7 +8,7 @@ Shapes: S sequence, B batch, V_l vocabulary of this tp rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,14 +81,14 @@ def _ending(function: Any) -> Any:
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         *,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        objective: Any = None,
+        ending: Any = None,
+        fields: Mapping[str, Tensor] | None = None,
     ) -> Any:
         torch_workspace(hidden)
         logits, bias = ColumnParallelLinear.forward(layer, hidden, weight, runtime_gather_output)
-        if labels is None or loss_mask is None:
+        if fields is None:
             return logits, bias
+        labels, loss_mask = fields["labels"], fields["loss_mask"]
         held.append(logits)
         # As core's ``compute_language_model_loss`` and Megatron's ``loss_func``: [B, S] -> [S, B] and back.
         losses = function(logits, labels.transpose(0, 1).contiguous(), layer.tp_group).transpose(0, 1).contiguous()

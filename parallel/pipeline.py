@@ -26,6 +26,7 @@ def forward_step(
         attention_mask=batch.get("document_ids"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        fields=batch,
     )
     return output, lambda value: loss(value, batch)
 

@@ -52,9 +52,9 @@ def train(task: Task) -> Outcome | None:
     """Run the task on this rank; rank 0 returns the outcome of the whole job."""
     from megatron_slm.parallel.gradients import zero_gradients
     from megatron_slm.parallel.pipeline import run_schedule
+    from megatron_slm.replay.shards import gradient_shards
     from megatron_slm.stages import pretrain
     from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
-    from megatron_slm.verify.shards import gradient_shards
 
     groups, chunks, optimizer = build(task)
     outcome = Outcome(initial=global_tensors(chunks))
@@ -84,10 +84,12 @@ def train(task: Task) -> Outcome | None:
 def build(task: Task) -> tuple[Any, list[Any], Any]:
     """Groups, wrapped chunks and optimizer of this rank, as ``run.py`` builds them."""
     from megatron_slm.model.core_config import transformer_config
+    from megatron_slm.model.ending import TokenSums
     from megatron_slm.model.gpt import build_chunks
     from megatron_slm.parallel.gradients import wrap
     from megatron_slm.parallel.groups import build_groups
     from megatron_slm.parallel.specs import choose_spec
+    from megatron_slm.parallel.vocab_loss import Objective
     from megatron_slm.train.optimizer import build_optimizer
     from megatron_slm.train.random_state import RandomState
 
@@ -103,8 +105,7 @@ def build(task: Task) -> tuple[Any, list[Any], Any]:
         seed=task.train.seed,
         spec=(spec, norm),
         device=torch.device("cpu"),
-        z_loss_coefficient=task.train.z_loss_coefficient,
-        label_smoothing=task.train.label_smoothing,
+        ending=TokenSums(Objective(VOCAB, task.train.z_loss_coefficient, task.train.label_smoothing)),
     )
     chunks = wrap(
         chunks,
@@ -163,14 +164,14 @@ def mean_loss(logged: list[dict[str, torch.Tensor]], groups: Any) -> float:
 
 def global_tensors(chunks: list[Any]) -> dict[str, torch.Tensor]:
     """Parameters of the whole job as global tensors, on every rank."""
-    from megatron_slm.verify.shards import local_shards
+    from megatron_slm.replay.shards import local_shards
 
     return gathered(local_shards(chunks))
 
 
 def gathered(mine: list[Any]) -> dict[str, torch.Tensor]:
     """Every rank's shards as global tensors, on every rank."""
-    from megatron_slm.verify.shards import assembled
+    from megatron_slm.replay.shards import assembled
 
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -20,12 +20,13 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.ending import Ending, Fields, Scalar, ScalarHead, TokenSums
 from megatron_slm.model.prediction import deeper_targets, with_predictions
 from megatron_slm.parallel.experts import mark_expert_weights
 from megatron_slm.parallel.initialise import initialise
 from megatron_slm.parallel.predict import prediction_submodules
 from megatron_slm.parallel.specs import block_submodules, layer_specs
-from megatron_slm.parallel.vocab_loss import Objective, vocab_parallel_loss
+from megatron_slm.parallel.vocab_loss import Objective
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", ".linear_fc2.weight")
 HIDDEN_MATRICES = (
@@ -44,9 +45,9 @@ INPUT_AND_OUTPUT = ("word_embeddings.weight", "position_embeddings.weight", "out
 
 
 class OutputLayer(ColumnParallelLinear):
-    """Core's output matrix that ends in the loss when it is given labels.
+    """Core's output matrix that goes on to the model's ending when it is given one.
 
-    The loss must run inside this module's ``forward``: core waits for an overlapped parameter gather in its pre-hook.
+    The ending must run inside this module's ``forward``: core waits for an overlapped parameter gather in its pre-hook.
     """
 
     def forward(
@@ -55,57 +56,73 @@ class OutputLayer(ColumnParallelLinear):
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
         *,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        objective: Objective | None = None,
+        ending: Ending | None = None,
+        fields: Fields | None = None,
     ) -> Any:
-        """hidden [S(/tp), B, H] -> (logits [S, B, V/tp], bias); with labels and loss_mask [B, S] the loss [3]."""
-        if labels is None or loss_mask is None or objective is None:
+        """hidden [S(/tp), B, H] -> (logits [S, B, V/tp], bias); with an ending what it makes of the batch's fields."""
+        if ending is None or fields is None:
             return super().forward(hidden, weight, runtime_gather_output)
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return vocab_parallel_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.weight if weight is None else weight,
-            labels.t().reshape(-1),
-            loss_mask.t().reshape(-1),
-            group=self.tp_group,
-            objective=objective,
-        )
+        matrix = self.weight if weight is None else weight
+        return ending(hidden.reshape(-1, hidden.shape[-1]), matrix, fields, self.tp_group)
 
 
 class GPT(GPTModel):
-    """``GPTModel`` that returns the masked sums of the loss instead of logits when it is given labels.
+    """``GPTModel`` that ends as its stage wants it when it is given labels.
 
-    Called with tokens, position_ids [B, S], document ids [B, S] or None, labels and loss_mask [B, S]; returns hidden
-    states [S(/tp), B, H] on a chunk that does not end the model, else the sums [3] of ``vocab_parallel_loss``, in
-    training those of ``with_predictions`` where there is multi-token prediction; without labels, logits [B, S, V/tp].
+    Called with tokens, position_ids [B, S], document ids [B, S] or None, labels and loss_mask [B, S], and ``fields``
+    where the ending reads more of the batch; returns hidden states [S(/tp), B, H] on a chunk that does not end the
+    model, else what its ending makes of them: in training with multi-token prediction the sums of
+    ``with_predictions``; without labels, logits [B, S, V/tp].
 
     Args:
-        objective: of the loss.
+        ending: what is made of the last hidden states. With ``Scalar`` there is no output matrix but ``value_head``.
     """
 
-    def __init__(self, *, objective: Objective, output_multiplier: float, **kwargs: Any) -> None:
+    output_layer: Any
+
+    def __init__(self, *, ending: Ending | Scalar, output_multiplier: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.objective = objective
+        self.ending = ending
         self.output_multiplier = output_multiplier
-        if self.post_process:
+        self._fields: Fields = {}
+        if isinstance(ending, Scalar):
+            self.output_layer = None
+            if self.post_process:
+                self.value_head = ScalarHead(
+                    self.config.hidden_size,
+                    sequence_parallel=self.config.sequence_parallel,
+                    group=self.pg_collection.tp,
+                )
+        elif self.post_process:
             # Core names the class itself; the weights, their marks and their tie to the embedding stay as it made them.
             self.output_layer.__class__ = OutputLayer
             if self.mtp_process and self.share_embeddings_and_output_weights:
                 # The embedding is on this stage, and core would store a second, unused output matrix beside it.
                 self.output_layer.weight = None
 
+    def forward(self, *args: Any, fields: Fields | None = None, **kwargs: Any) -> Tensor:
+        """See the class; ``fields``: of the batch, for the ending."""
+        self._fields = fields or {}
+        output: Tensor = super().forward(*args, **kwargs)
+        self._fields = {}
+        return output
+
     def _postprocess(self, hidden_states: Tensor, **rest: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
+        if isinstance(self.ending, Scalar):
+            numbers: Tensor = self.value_head(hidden_states)
+            return numbers
         if rest["labels"] is None:
             logits: Tensor = self._ended(hidden_states)[0]
             return logits.transpose(0, 1).contiguous()
         labels, loss_mask = rest["labels"], rest["loss_mask"]
-        sums: Tensor = self._ended(hidden_states, labels=labels, loss_mask=loss_mask, objective=self.objective)
+        fields = {**self._fields, "labels": labels, "loss_mask": loss_mask}
+        sums: Tensor = self._ended(hidden_states, ending=self.ending, fields=fields)
         if not (self.mtp_process and self.training):
             return sums
         passed = ("input_ids", "position_ids", "attention_mask", "rotary_pos_emb")
@@ -115,18 +132,18 @@ class GPT(GPTModel):
         depths: int = self.config.mtp_num_layers
         targets = deeper_targets(labels, loss_mask, rest["attention_mask"], depths=depths, group=self.pg_collection.cp)
         deeper = [
-            (self._ended(hidden, labels=own, loss_mask=mask, objective=self.objective), mask.sum())
+            (self._ended(hidden, ending=self.ending, fields={"labels": own, "loss_mask": mask}), mask.sum())
             for hidden, (own, mask) in zip(joined.chunk(1 + depths)[1:], targets, strict=True)
         ]
         return with_predictions(sums, deeper, self.config.mtp_loss_scaling_factor / depths)
 
-    def _ended(self, hidden_states: Tensor, **target: Any) -> Any:
-        """What the output layer makes of hidden states [S(/tp), B, H]: logits, or sums where there is a target."""
+    def _ended(self, hidden_states: Tensor, **ending: Any) -> Any:
+        """What the output layer makes of hidden states [S(/tp), B, H]: logits, or more where there is an ending."""
         if self.output_multiplier != 1.0:
             hidden_states = hidden_states * self.output_multiplier
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
-        return self.output_layer(hidden_states, weight=weight, **target)
+        return self.output_layer(hidden_states, weight=weight, **ending)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -147,17 +164,17 @@ def build_chunks(
     seed: int,
     spec: tuple[Any, Any],
     device: torch.device,
-    z_loss_coefficient: float = 0.0,
-    label_smoothing: float = 0.0,
+    ending: Ending | Scalar | None = None,
 ) -> list[nn.Module]:
     """Model chunks of this rank (one, or vpp of them), initialised, in the precision of ``config``.
 
     Args:
         vocab_size: tokens of the tokenizer; the embedding has ``model.padded_vocab_size(vocab_size)`` rows.
         spec: layer spec and norm class of ``parallel.specs.choose_spec``.
-        z_loss_coefficient, label_smoothing: of the objective; see ``parallel.vocab_loss``.
+        ending: of the model; by default the sums of the cross-entropy.
     """
-    objective = Objective(vocab_size, z_loss_coefficient, label_smoothing)
+    ending = ending or TokenSums(Objective(vocab_size))
+    scalar = isinstance(ending, Scalar)
     vpp = config.virtual_pipeline_model_parallel_size or 1
     rank, stages = groups.pp.rank(), groups.pp.size()
     chunks: list[nn.Module] = []
@@ -169,7 +186,7 @@ def build_chunks(
         ends = rank == stages - 1 and index == vpp - 1
         chunks.append(
             GPT(
-                objective=objective,
+                ending=ending,
                 output_multiplier=1.0 / model.width_multiplier,
                 config=config,
                 transformer_layer_spec=block_submodules(specs, spec[1]),
@@ -178,7 +195,7 @@ def build_chunks(
                 pre_process=rank == 0 and index == 0,
                 post_process=ends,
                 mtp_block_spec=prediction_specs(model, config, spec) if ends else None,
-                share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+                share_embeddings_and_output_weights=not (model.untie_embeddings_and_output_weights or scalar),
                 position_embedding_type=model.position_embedding_type,
                 rotary_percent=model.rotary_percent,
                 rotary_base=model.rotary_base,
@@ -192,7 +209,7 @@ def build_chunks(
         # Position embeddings and norms are made by torch's own modules: default precision, on the host.
         chunk.to(dtype=config.params_dtype, device=device)
         mark_expert_weights(chunk, groups)
-    initialise(chunks, seed, lambda name: initial_deviation(name, model))
+    initialise(chunks, seed, lambda name: ending_deviation(name, ending) or initial_deviation(name, model))
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
 
 
@@ -217,6 +234,13 @@ def initial_deviation(name: str, model: ModelConfig) -> float | None:
         writes = _without_expert(name).endswith(RESIDUAL_OUTPUTS)
         return deviation / math.sqrt(2.0 * model.num_layers) if writes else deviation
     return model.init_method_std if name.endswith(INPUT_AND_OUTPUT + ROUTING) else None
+
+
+def ending_deviation(name: str, ending: Ending | Scalar) -> float | None:
+    """Standard deviation of the head's weights; None for every other name, and where the head begins with zeros."""
+    if isinstance(ending, Scalar) and name.endswith("value_head.weight"):
+        return ending.initial_deviation or None
+    return None
 
 
 def is_hidden_matrix(name: str) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megatron_slm.data.loader import TrainLoader
 from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.ending import TokenSums
 from megatron_slm.parallel import context
 from megatron_slm.parallel.pipeline import Batch, LossFunction
-from megatron_slm.parallel.vocab_loss import CROSS_ENTROPY, OBJECTIVE, SQUARED_LOG_PARTITION
+from megatron_slm.parallel.vocab_loss import CROSS_ENTROPY, OBJECTIVE, SQUARED_LOG_PARTITION, Objective
 from megatron_slm.train.config import TrainConfig
 from megatron_slm.train.step import StepInput, StepPlan, TrainState
 
@@ -38,6 +39,11 @@ def step_inputs(
         size = batch_size(cursor.consumed_samples)
         batches = loader.micro_batches(cursor, size)
         yield StepInput([local_batch(batch, plan) for batch in batches], cursor.advance(size))
+
+
+def ending(train: TrainConfig, vocab_size: int) -> TokenSums:
+    """The model sums the objective itself; see ``parallel.vocab_loss``."""
+    return TokenSums(Objective(vocab_size, train.z_loss_coefficient, train.label_smoothing))
 
 
 def loss(
