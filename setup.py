@@ -45,6 +45,9 @@ setup(
         # One exact release: tests compare our logits with the ones it computes, so it must not move by itself. It has
         # none for Python 3.10. `gguf` reads the real weights of tests/bench/hf_parity.py.
         "oracle": ["transformers==5.23.0 ; python_version >= '3.11'", "gguf>=0.17"],
+        # What tools/make_oracle_fixtures.py computes the losses' fixtures with, in an environment of its own; no test
+        # needs it. One exact release, as its losses change between releases.
+        "oracle-trl": ["trl==1.16.0"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil", "types-tqdm"],
     },
     entry_points={"console_scripts": ["mslm = megatron_slm.cli:main"]},

@@ -17,8 +17,8 @@ Product = Callable[[Tensor, Tensor, Tensor], object]
 WIDEST_ROW = 1024
 FEWEST_ROWS = 32
 """cuBLASLt refuses 16 rows and fewer."""
-_CPU_ROWS = 512
-"""Rows that fit the cache of a core."""
+_CPU_ROWS = 384
+"""Rows that fit the cache of a core beside what oneDNN packs of them; a multiple of the 48 that it takes at once."""
 _FLOAT_ROWS = 512
 """Rows turned into float32 at once: 2 MiB, which stay in the cache."""
 
@@ -65,11 +65,20 @@ def _integer(rows: Tensor, key: Tensor, out: Tensor) -> None:
         # cuBLASLt wants its operands aligned; a part of a buffer may begin anywhere.
         torch._int_mm(rows if rows.data_ptr() % 16 == 0 else rows.clone(), key, out=out)
         return
-    for part, result in zip(rows.split(_CPU_ROWS), out.split(_CPU_ROWS), strict=True):
-        # oneDNN reads many rows side by side, which the prefetcher does not follow: 7 GB/s out of memory, 9 after this.
-        if part.storage_offset() % 8 == 0:
-            part.view(torch.int64).sum()
-        torch._int_mm(part, key, out=result)
+    turned = key.t()
+    product = out.new_empty(key.shape[1], _CPU_ROWS)
+    words = rows.view(torch.int64) if rows.storage_offset() % 8 == 0 else None
+    for start in range(0, rows.shape[0], _CPU_ROWS):
+        stop = min(start + _CPU_ROWS, rows.shape[0])
+        if words is not None:
+            # oneDNN reads many rows side by side, which the prefetcher does not follow: a sum brings them in faster.
+            words[start:stop].sum()
+        if stop - start == _CPU_ROWS:
+            # Rows in the place of columns fill its vectors; the key has too few to.
+            torch._int_mm(turned, rows[start:stop].t(), out=product)
+            out[start:stop] = product.t()
+        else:
+            torch._int_mm(rows[start:stop], key, out=out[start:stop])
 
 
 def _float(rows: Tensor, key: Tensor, out: Tensor) -> None:

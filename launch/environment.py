@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatron_slm.errors import LaunchError
@@ -13,6 +13,10 @@ from megatron_slm.launch import mpi
 Launcher = Literal["local", "torchrun", "slurm", "mpi"]
 
 LAUNCHER_VARIABLE = "MSLM_LAUNCHER"
+SLOT_VARIABLE = "MSLM_SLOT"
+"""The slot of a rank, for the rank itself to read: the place of its process, counted as its launcher does."""
+ROTATION_VARIABLE = "MSLM_ROTATE_RANKS"
+"""So many places further on than its launcher has put it every rank is run; its data and groups stay its own."""
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
 # SLURM_MAX_NORMAL_STEP_ID: from here on Slurm numbers its own steps (shell of salloc, batch script, extern).
@@ -23,7 +27,9 @@ _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0
 class RankEnvironment:
     """One rank's place in the job, and where the ranks meet.
 
-    ``local_*`` count the ranks on this rank's machine. ``master_addr:master_port`` is where rank 0 listens.
+    ``local_*`` count the ranks on this rank's machine. ``master_addr:master_port`` is where rank 0 listens. ``slot`` is
+    the place of the process among all of the job: its launcher's rank, which is also this rank unless they are rotated.
+    ``local_rank`` goes with the slot: it says which device is this process's.
     """
 
     rank: int
@@ -33,8 +39,11 @@ class RankEnvironment:
     master_addr: str
     master_port: int
     launcher: Launcher
+    slot: int = -1
 
     def __post_init__(self) -> None:
+        if self.slot < 0:
+            object.__setattr__(self, "slot", self.rank)
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(f"rank {self.rank} is not within the world of {self.world_size} ranks ({self.launcher})")
         if not 0 <= self.local_rank < self.local_world_size:
@@ -55,6 +64,7 @@ class RankEnvironment:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
             LAUNCHER_VARIABLE: self.launcher,
+            SLOT_VARIABLE: str(self.slot),
         }
 
 
@@ -69,6 +79,35 @@ def from_environment(environ: Mapping[str, str]) -> RankEnvironment | None:
     Raises:
         LaunchError: a launcher started this process but a variable is missing or not a number.
     """
+    found = _as_launched(environ)
+    if found is None:
+        return None
+    if SLOT_VARIABLE in environ:  # whoever has set it has chosen the rank too
+        return replace(found, slot=_integer(environ, SLOT_VARIABLE))
+    return rotated(found, rotation(environ) or 0)
+
+
+def rotation(environ: Mapping[str, str]) -> int | None:
+    """Places by which ranks are moved on; None where nobody has asked.
+
+    Raises:
+        LaunchError: it is not a whole number.
+    """
+    return _integer(environ, ROTATION_VARIABLE) if environ.get(ROTATION_VARIABLE) else None
+
+
+def rotated(launched: RankEnvironment, places: int) -> RankEnvironment:
+    """Who a process is when rank r is run by slot (r + ``places``) modulo the number of ranks.
+
+    On several machines MASTER_ADDR must then name the one that runs rank 0: that of slot ``places``.
+
+    Args:
+        launched: as its launcher has counted it; its rank is the slot.
+    """
+    return replace(launched, rank=(launched.rank - places) % launched.world_size, slot=launched.rank)
+
+
+def _as_launched(environ: Mapping[str, str]) -> RankEnvironment | None:
     if any(name in environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_torch(environ)
     if _is_slurm_rank(environ):

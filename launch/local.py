@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from megatron_slm.errors import LaunchError
-from megatron_slm.launch.environment import RankEnvironment
+from megatron_slm.launch.environment import RankEnvironment, rotated, rotation
 from megatron_slm.launch.kinship import adopt_and_end_orphans, die_with_parent
 from megatron_slm.launch.port import reserve_port
 from megatron_slm.launch.rank import REPORT_VARIABLE, run_and_report
@@ -65,10 +65,10 @@ def run_local(
                 preload()
             if stop.received is not None:
                 return EXIT_STOPPED
-            for rank in range(world_size):
-                environment = _environment(rank, world_size, reserved.getsockname()[1])
+            for slot in range(world_size):
+                environment = _environment(slot, world_size, reserved.getsockname()[1])
                 work = _forked(environment, entry) if warm else _fresh(environment, command or _same_command())
-                ranks.append(_start(rank, world_size, work))
+                ranks.append(_start(environment.rank, world_size, work))
             return supervise(ranks, stop)
         except KeyboardInterrupt:
             print("mslm: killed by a second Ctrl-C; the steps since the last checkpoint are lost", file=sys.stderr)
@@ -84,16 +84,23 @@ def threads_per_rank(world_size: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // world_size)
 
 
-def _environment(rank: int, world_size: int, port: int) -> RankEnvironment:
-    return RankEnvironment(
-        rank=rank,
+def cores_of(slot: int, slots: int, threads: int, cores: Sequence[int]) -> list[int]:
+    """The cores that are a slot's own; all of them where there are fewer than ``threads`` for each slot."""
+    share = len(cores) // slots
+    return list(cores) if share < threads else sorted(cores)[slot * share : (slot + 1) * share]
+
+
+def _environment(slot: int, world_size: int, port: int) -> RankEnvironment:
+    launched = RankEnvironment(
+        rank=slot,
         world_size=world_size,
-        local_rank=rank,
+        local_rank=slot,
         local_world_size=world_size,
         master_addr=_ADDRESS,
         master_port=port,
         launcher="local",
     )
+    return rotated(launched, rotation(os.environ) or 0)
 
 
 def _same_command() -> list[str]:
@@ -103,6 +110,11 @@ def _same_command() -> list[str]:
 def _forked(environment: RankEnvironment, entry: Entry) -> Callable[[int], NoReturn]:
     def work(report_fd: int) -> NoReturn:
         os.environ.update(environment.to_environ())
+        if rotation(os.environ) is not None:
+            # A place is a place only if no other process comes there.
+            threads = int(os.environ["OMP_NUM_THREADS"].partition(",")[0])
+            cores = list(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores_of(environment.slot, environment.world_size, threads, cores))
         if environment.world_size > 1:
             # Several ranks reading one terminal would each get a part of what is typed.
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

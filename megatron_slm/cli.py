@@ -12,13 +12,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 
-from megatron_slm.commands import checkpoint, convert, data, doctor, memory, plan, replay, training, verify
+from megatron_slm.commands import (
+    checkpoint,
+    convert,
+    data,
+    doctor,
+    examples,
+    generate,
+    memory,
+    plan,
+    replay,
+    training,
+    verify,
+)
 from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, Verb
 from megatron_slm.errors import ConfigError, UserError
 
 VERBS: Mapping[str, Verb] = {
     **training.VERBS,
+    **generate.VERBS,
     **data.VERBS,
+    **examples.VERBS,
     **checkpoint.VERBS,
     **convert.VERBS,
     **verify.VERBS,

@@ -51,10 +51,22 @@ class SpikeError(UserError):
     exit_code = 1
 
 
+class RolloutError(UserError):
+    """What a model has generated cannot be learned from; nothing of that step was applied."""
+
+    exit_code = 1
+
+
 class ReplayError(UserError):
     """A run that was to be made again has failed or ended early, so that there is nothing to compare."""
 
     exit_code = 1
+
+
+class FaultError(UserError):
+    """The machine has computed one thing in two ways; nothing of that step was applied."""
+
+    exit_code = 17  # Megatron's code for a result that was not validated
 
 
 class LaunchError(UserError):

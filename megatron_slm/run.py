@@ -33,6 +33,7 @@ from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
 from megatron_slm.memory.watch import explained_out_of_memory
 from megatron_slm.model.core_config import transformer_config
+from megatron_slm.model.ending import Ending, Scalar, TokenScores
 from megatron_slm.model.gpt import build_chunks
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.fp8 import require_engine
@@ -40,7 +41,10 @@ from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.specs import choose_spec
+from megatron_slm.parallel.vocab_scores import Vocabulary
+from megatron_slm.replay.batches import step_inputs
 from megatron_slm.run_data import Data, data_record, identity, open_data
+from megatron_slm.run_examples import example_loader, open_examples
 from megatron_slm.run_hooks import (
     announce,
     batch_sizes,
@@ -52,8 +56,10 @@ from megatron_slm.run_hooks import (
     stop_rule,
     writes_log,
 )
-from megatron_slm.stages import pretrain
-from megatron_slm.train import run_directory
+from megatron_slm.run_reference import PairReference
+from megatron_slm.run_stage import ending_of, loss_of, stage_inputs
+from megatron_slm.stages.reference import Frozen
+from megatron_slm.train import checkpoint, recovery, run_directory
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.loop import run_loop
@@ -78,12 +84,41 @@ class Run(NamedTuple):
     stop: StopRequest
     state: TrainState
     plan: StepPlan
-    loader: TrainLoader
+    loader: Any
     log: MetricsWriter | None
 
-    def inputs(self) -> Iterator[StepInput]:
+    def inputs(self, pairs: PairReference | None = None) -> Iterator[StepInput]:
         """Global batches from wherever the state's cursor stands."""
-        return pretrain.step_inputs(self.loader, self.state, batch_sizes(self.resolved.config), self.plan)
+        if (kept := self.resolved.config.replay.batches_of) is not None:
+            return step_inputs(Path(kept), dist.get_rank(), self.state, self.plan.device)
+        return stage_inputs(
+            self.resolved.config,
+            self.loader,
+            self.state,
+            self.plan,
+            batch_size=batch_sizes(self.resolved.config),
+            pairs=pairs,
+        )
+
+    def pair_reference(self) -> PairReference | None:
+        """What the pairs of DPO are compared with. Collective."""
+        if self.resolved.config.stage != "dpo":
+            return None
+        return PairReference(
+            self.resolved.config, self.data, self.plan, self.state.cursor, self.reference, self.directory.path
+        )
+
+    def reference(self) -> Frozen:
+        """The model that the run starts from, frozen. Collective; random states stay as they are."""
+        config = self.resolved.config
+        vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
+        source = recovery.find(Path(str(config.checkpoint.pretrained_checkpoint))).path
+        random = self.state.random.capture()
+        ending = TokenScores(Vocabulary(vocab_size))
+        chunks = build_frozen(config, self.plan.groups, self.plan.device, vocab_size, ending)
+        checkpoint.load_weights(source, chunks)
+        self.state.random.restore(random)
+        return Frozen(chunks)
 
 
 class BuiltModel(NamedTuple):
@@ -118,12 +153,20 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     """
     config = resolved.config
     with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
+        pairs = run.pair_reference()
         return run_loop(
             run.state,
             run.plan,
-            run.inputs(),
+            run.inputs(pairs),
             build_hooks(
-                resolved, run.data, run.plan, run.state, layout=run.layout, directory=run.directory, log=run.log
+                resolved,
+                run.data,
+                run.plan,
+                run.state,
+                layout=run.layout,
+                directory=run.directory,
+                log=run.log,
+                pairs=pairs,
             ),
             train_iters=config.train.train_iters,
             should_stop=stop_rule(config, run.stop),
@@ -164,7 +207,7 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
     held = deterministic(config, device, environment) if config.train.deterministic else None
     layout = Layout.from_config(config.parallel, environment.world_size)
 
-    data = open_data(config, verify=environment.rank == 0)
+    data = (open_data if config.stage == "pretrain" else open_examples)(config, verify=environment.rank == 0)
     vocab_size = config.model.vocab_size or data.tokenizer.vocab_size
     directory = RunDirectory(Path(config.log.runs_dir) / str(config.name))
     master = (environment.master_addr, environment.master_port)
@@ -181,12 +224,14 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
     ):
         state, spec_reason = build_state(config, data, groups, bound, vocab_size)
         warning, origin = restore(state, config, accepted, layout=layout_record(layout))
-        log = open_log(config, directory, layout, device, vocab_size, state.step) if writes_log(environment) else None
+        plan = step_plan(config, groups, bound)
+        log = None
+        if writes_log(environment):
+            log = open_log(config, directory, layout, device, vocab_size, step=state.step, loss_name=plan.logged[0])
         if log is not None:
             announce(log, config, layout, vocab_size, [spec_reason, *described(state.cursor.order), *origin])
             if warning is not None:
                 log.warn(warning)
-        plan = step_plan(config, groups, bound)
         yield Run(resolved, layout, data, directory, stop, state, plan, train_loader(config, data, groups), log)
         dist.barrier()  # a rank that leaves first would end another's last exchange
 
@@ -261,7 +306,7 @@ def build_state(
 def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> BuiltModel:
     """What a configuration alone decides of a rank's state, without any data."""
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
-    spec, norm, reason = choose_spec(device.type, config.model, packed_documents=config.data.reset_attention_mask)
+    spec, norm, reason = choose_spec(device.type, config.model, packed_documents=packs_documents(config))
     return assemble_model(config, groups, device, vocab_size, layers=Layers(core, spec, norm, reason))
 
 
@@ -279,7 +324,7 @@ def assemble_model(
         seed=config.train.seed,
         spec=(layers.spec, layers.norm),
         device=device,
-        ending=pretrain.ending(config.train, vocab_size),
+        ending=ending_of(config, vocab_size),
     )
     half = config.precision.bf16
     chunks = wrap(
@@ -301,8 +346,34 @@ def assemble_model(
     return BuiltModel(chunks, optimizer, random, layers.reason)
 
 
-def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
-    """Training samples of this data-parallel rank."""
+def build_frozen(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, ending: Ending | Scalar
+) -> list[nn.Module]:
+    """Bare chunks of the configuration's model, laid out as the trained one, that have no gradients."""
+    core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
+    spec, norm, _ = choose_spec(device.type, config.model, packed_documents=packs_documents(config))
+    chunks = build_chunks(
+        config.model,
+        core,
+        groups,
+        vocab_size=vocab_size,
+        seed=config.train.seed,
+        spec=(spec, norm),
+        device=device,
+        ending=ending,
+    )
+    return [chunk.eval().requires_grad_(requires_grad=False) for chunk in chunks]
+
+
+def packs_documents(config: RunConfig) -> bool:
+    """Whether tokens attend to their own document only: examples always do."""
+    return config.data.reset_attention_mask or config.stage != "pretrain"
+
+
+def train_loader(config: RunConfig, data: Data, groups: Any) -> Any:
+    """Training samples of this data-parallel rank: text, or the examples of the stage."""
+    if config.stage != "pretrain":
+        return example_loader(config, data, groups)
     return TrainLoader(
         data.train,
         config=config.data,
@@ -315,8 +386,9 @@ def train_loader(config: RunConfig, data: Data, groups: Any) -> TrainLoader:
 
 def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
     """What every step of the run has in common."""
+    loss = loss_of(config, groups)
     return StepPlan(
-        loss=pretrain.loss_function(config.train, config.model),
+        loss=loss.function,
         learning_rate=partial(
             learning_rate, schedule=config.schedule, optimizer=config.optimizer, train_iters=config.train.train_iters
         ),
@@ -324,5 +396,5 @@ def step_plan(config: RunConfig, groups: Any, device: torch.device) -> StepPlan:
         seq_length=config.model.seq_length,
         groups=groups,
         device=device,
-        logged=pretrain.logged(config.train, config.model),
+        logged=loss.logged,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from megatron_slm.data.resume import check_resume
 from megatron_slm.data.shares import configured_phases
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import CheckpointError, DataError
+from megatron_slm.replay.batches import KeptSamples
+from megatron_slm.replay.capsule import Capsule
+from megatron_slm.replay.kept import TOKENIZER, kept_steps
 from megatron_slm.train import recovery
 from megatron_slm.train.origin import shape
 from megatron_slm.train.run_directory import RunDirectory
@@ -32,15 +35,20 @@ GOVERNED_BY_CURSOR = (
 """Keys that say which samples come when, and how long their windows are. They are compared by what they amount to for
 the samples already read (``data/resume.py``), and may change for samples to come; paths are no identity at all."""
 
+ONLY_LATER = ("pack_rows", "train_on")
+"""Keys that pretraining does not read."""
+
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads: by source, the samples it trains on and, where it validates, the held-out split; the tokenizer
     they were all made with; the order of training.
+
+    Sources are corpora (``Samples``) in pretraining, and rows or prompts (``data/examples``) after it.
     """
 
-    train: Mapping[str, Samples]
-    valid: Mapping[str, Corpus]
+    train: Mapping[str, Any]
+    valid: Mapping[str, Any]
     tokenizer: Tokenizer
     order: MixtureOrder
 
@@ -54,11 +62,13 @@ def open_data(config: RunConfig, *, verify: bool = False) -> Data:
     Raises:
         DataError: something is missing, damaged or does not belong together.
     """
+    if config.replay.batches_of is not None:
+        return kept_data(config)
     paths, length = source_paths(config), config.model.seq_length
     train = {name: open_corpus(path / "train", verify=verify) for name, path in paths.items()}
     held_out = paths if config.train.eval_iters else {}
     valid = {name: open_corpus(path / "valid", verify=verify) for name, path in held_out.items()}
-    tokenizer = _open_tokenizer(config, next(iter(paths.values())), [*train.values(), *valid.values()])
+    tokenizer = open_tokenizer(config, next(iter(paths.values())), [*train.values(), *valid.values()])
     for corpus in (*train.values(), *valid.values()):
         if not corpus.num_samples(length):
             raise DataError(
@@ -75,9 +85,27 @@ def open_data(config: RunConfig, *, verify: bool = False) -> Data:
         replayed = open_replay(config, tokenizer, verify=verify)
         samples[mixture_text.REPLAY] = replayed
         sources.append(Source(mixture_text.REPLAY, replayed.order(seed)))
-    _refuse_twins(sources)
+    refuse_twins(sources)
     phases = configured_phases(config.data, {name: corpus.num_tokens for name, corpus in train.items()})
     return Data(samples, valid, tokenizer, MixtureOrder(tuple(sources), phases))
+
+
+def kept_data(config: RunConfig) -> Data:
+    """What a recording says of its run's data, of which nothing but the kept batches is there.
+
+    Raises:
+        CheckpointError: the recording is not whole.
+        DataError: its tokenizer is not there.
+    """
+    recording = Capsule.of(Path(str(config.replay.batches_of)))
+    manifest = recording.manifest(max(kept_steps(recording.folder, recording.ranks[0]), default=0))
+    tokenizer = Tokenizer.open(
+        config.tokenizer.tokenizer_model or recording.folder / TOKENIZER, manifest["data"]["tokenizer_hash"]
+    )
+    samples = {
+        name: KeptSamples(name, tokenizer.eod_id, record) for name, record in manifest["data"]["sources"].items()
+    }
+    return Data(samples, {}, tokenizer, Cursor.from_dict(manifest["cursor"]).order)
 
 
 def source_paths(config: RunConfig) -> dict[str, Path]:
@@ -166,8 +194,11 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
 
     Which corpora a checkpoint has read is in its cursor, and a resume compares that (``data/resume.py``).
     """
-    options = {key: value for key, value in asdict(config.data).items() if key not in GOVERNED_BY_CURSOR}
+    later = config.stage != "pretrain"
+    known = {*GOVERNED_BY_CURSOR, *(() if later else ONLY_LATER)}
+    options = {key: value for key, value in asdict(config.data).items() if key not in known}
     return {
+        **({"stage": config.stage} if later else {}),
         "model": {
             **asdict(config.model),
             **shape(config.model),
@@ -195,12 +226,16 @@ def data_record(data: Data) -> dict[str, Any]:
                 "tokens": samples.num_tokens,
                 "made_from": samples.sources,
             }
+        elif isinstance(samples, KeptSamples):
+            record["sources"][name] = samples.record
         elif isinstance(samples, ReplayedSamples):
             record["sources"][name] = {"digest": samples.digest, "replayed_samples": samples.num_samples}
+        else:
+            record["sources"][name] = {"digest": samples.digest, "samples": samples.num_samples}
     return record
 
 
-def _open_tokenizer(config: RunConfig, path: Path, corpora: list[Corpus]) -> Tokenizer:
+def open_tokenizer(config: RunConfig, path: Path, corpora: Sequence[Any]) -> Tokenizer:
     """The tokenizer of all ``corpora``, by default the one in ``path``."""
     for corpus in corpora:
         one, other = ((known.tokenizer_hash, known.eod_id) for known in (corpora[0], corpus))
@@ -214,7 +249,12 @@ def _open_tokenizer(config: RunConfig, path: Path, corpora: list[Corpus]) -> Tok
     return Tokenizer.open(model, expected_hash=corpora[0].tokenizer_hash)
 
 
-def _refuse_twins(sources: list[Source]) -> None:
+def refuse_twins(sources: list[Source]) -> None:
+    """Two sources of one content are one source, named twice.
+
+    Raises:
+        DataError: names both.
+    """
     names: dict[str, str] = {}
     for source in sources:
         if (twin := names.setdefault(source.order.digest, source.name)) != source.name:

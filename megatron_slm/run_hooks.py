@@ -21,10 +21,15 @@ from megatron_slm.model.counts import flops_per_token, parameters_text
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.groups import background_group
-from megatron_slm.parallel.layout import Layout
-from megatron_slm.replay import capsule, manifest
+from megatron_slm.parallel.layout import AXES, Layout
+from megatron_slm.replay import capsule, manifest, source
+from megatron_slm.replay.again import Passes
+from megatron_slm.replay.kept import TOKENIZER
 from megatron_slm.replay.recorder import Recorder
+from megatron_slm.replay.slots import joined
+from megatron_slm.replay.witness import Witness
 from megatron_slm.run_data import Data, data_record, identity
+from megatron_slm.run_reference import PairReference
 from megatron_slm.run_validation import evaluation
 from megatron_slm.train import checkpoint, origin, run_directory
 from megatron_slm.train.attribution import investigation
@@ -54,6 +59,7 @@ def build_hooks(
     layout: Layout,
     directory: RunDirectory,
     log: MetricsWriter | None,
+    pairs: PairReference | None = None,
 ) -> list[Hook]:
     """What the log's line shows of the experts, log, memory, averages, measurements, fingerprints, validation,
     checkpoint.
@@ -71,8 +77,13 @@ def build_hooks(
     hooks += dynamics_hooks(config, plan, log)
     if config.replay.records:
         hooks.append(recorder(resolved, data, plan, state, layout=layout, directory=directory))
+    if config.replay.whole_steps:
+        folder = directory.path / capsule.FOLDER
+        hooks.append(Witness(folder, plan.groups, rank=dist.get_rank(), last=config.replay.whole_steps))
+    if config.replay.sdc_every is not None:
+        hooks.append(passes(config, plan, layout, log))
     if config.train.eval_iters:
-        hooks.append(validation_hook(config, data, plan, state, log))
+        hooks.append(validation_hook(config, data, plan, state, log, pairs))
     hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
 
@@ -84,10 +95,21 @@ def recorder(
     folder, rank = directory.path / capsule.FOLDER, dist.get_rank()
     if rank == 0:
         found = manifest.run_manifest(resolved, data_record(data), layout, step=state.step)
-        manifest.write(capsule.run_path(folder, state.step), found)
+        found["cursor"] = state.cursor.to_dict()
+        found["code"] |= source.keep_difference(folder, state.step)
+        manifest.write(capsule.run_path(folder, state.step), found)  # makes the folder
+        data.tokenizer.save(folder / TOKENIZER)
     own = manifest.rank_manifest(state.chunks, plan.device, rank=rank, step=state.step)
     manifest.write(capsule.rank_path(folder, rank, state.step), own)
     return Recorder(resolved.config.replay, folder, rank=rank, world_size=layout.world_size)
+
+
+def passes(config: RunConfig, plan: StepPlan, layout: Layout, log: MetricsWriter | None) -> Passes:
+    """Makes forward and backward of some steps twice."""
+    groups = {axis: layout.groups_of(axis) for axis in AXES}
+    replicas = joined(range(layout.world_size), groups, all_of_them=layout.expert_model_parallel_size > 1)
+    warn = log.warn if log is not None else lambda line: None
+    return Passes(config.replay.sdc_every or 1, plan, replicas, warn, stops=config.replay.on_fault == "stop")
 
 
 def memory_command(
@@ -128,12 +150,17 @@ def dynamics_hooks(config: RunConfig, plan: StepPlan, log: MetricsWriter | None)
 
 
 def validation_hook(
-    config: RunConfig, data: Data, plan: StepPlan, state: TrainState, log: MetricsWriter | None
+    config: RunConfig,
+    data: Data,
+    plan: StepPlan,
+    state: TrainState,
+    log: MetricsWriter | None,
+    pairs: PairReference | None = None,
 ) -> ValidationHook:
     """Evaluates the held-out samples, and ends the run early where that is configured."""
     patience = config.train.early_stopping_patience
     return ValidationHook(
-        evaluation(config, data, plan, log),
+        evaluation(config, data, plan, log, pairs),
         config.train.eval_interval,
         EarlyStopping(patience, state.records.get("early_stopping")) if patience is not None else None,
         log.say if log is not None else lambda line: None,
@@ -226,7 +253,14 @@ def stop_rule(config: RunConfig, stop: StopRequest) -> Callable[[int], bool]:
 
 
 def open_log(
-    config: RunConfig, directory: RunDirectory, layout: Layout, device: str, vocab_size: int, step: int
+    config: RunConfig,
+    directory: RunDirectory,
+    layout: Layout,
+    device: str,
+    vocab_size: int,
+    *,
+    step: int,
+    loss_name: str,
 ) -> MetricsWriter:
     """The run's log, continued after ``step``."""
     return MetricsWriter(
@@ -242,6 +276,7 @@ def open_log(
             params_dtype=config.precision.params_dtype,
         ),
         memory=memory_source(device),
+        loss_name=loss_name,
     )
 
 

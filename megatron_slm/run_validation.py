@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.examples.loader import ValidRowLoader
 from megatron_slm.data.loader import ValidLoader
 from megatron_slm.data.shares import after_validation
 from megatron_slm.evaluate.perplexity import HeldOut, held_out
+from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.run_data import Data
+from megatron_slm.run_reference import PairReference
 from megatron_slm.stages import pretrain
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.metrics_writer import MetricsWriter
@@ -17,14 +21,14 @@ from megatron_slm.train.step import StepPlan, TrainState
 
 
 def evaluation(
-    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None
+    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None, pairs: PairReference | None = None
 ) -> Callable[[TrainState], float]:
     """A function that evaluates the held-out samples, the same ones each time, reports and returns the loss.
 
     It is collective, and every rank gets the same number. With ``data.loss_aware_strength`` it also moves the shares of
     the sources from here on.
     """
-    measure = measurement(config, data, plan)
+    measure = measurement(config, data, plan, pairs)
     strength = config.data.loss_aware_strength
 
     def evaluate(state: TrainState) -> float:
@@ -47,6 +51,7 @@ def evaluation(
                 consumed_samples=state.cursor.consumed_samples,
                 by_source=losses if len(losses) > 1 else {},
                 averaged=averaged.loss if averaged else None,
+                others=loss.others,
                 shares={name: float(share) for name, share in shares.items()} if strength else None,
             )
             if strength:
@@ -64,32 +69,62 @@ def shares_line(before: Cursor, after: Cursor) -> str:
     return f"shares from sample {position} on: {new.shares_text} (by held-out loss; {was})"
 
 
-def measurement(config: RunConfig, data: Data, plan: StepPlan) -> Callable[[TrainState], dict[str, HeldOut]]:
+def measurement(
+    config: RunConfig, data: Data, plan: StepPlan, pairs: PairReference | None = None
+) -> Callable[[TrainState], dict[str, HeldOut]]:
     """A function that takes the held-out loss of each source: ``train.eval_iters`` global batches of every one."""
-    loaders = {
-        name: ValidLoader(
-            corpus,
-            config=config.data,
-            seq_length=config.model.seq_length,
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=plan.groups.dp.rank(),
-            data_parallel_size=plan.groups.dp.size(),
-        )
-        for name, corpus in data.valid.items()
-    }
+    loaders = {name: valid_loader(config, samples, plan) for name, samples in data.valid.items()}
     multiple = config.parallel.pipeline_model_parallel_size if config.parallel.vpp_size > 1 else 1
 
-    def measure_one(state: TrainState, loader: ValidLoader) -> HeldOut:
+    # Pretraining also logs what a model in evaluation mode does not compute.
+    logged = plan.logged[:1] if config.stage == "pretrain" else plan.logged
+
+    def measure_one(state: TrainState, name: str, loader: ValidLoader | ValidRowLoader) -> HeldOut:
         steps = loader.steps(config.train.eval_iters, config.train.global_batch_size, multiple=multiple)
+        if pairs is not None and isinstance(loader, ValidRowLoader):
+            steps = _completed(steps, name, loader, config, pairs)
         on_device = ([pretrain.local_batch(batch, plan) for batch in step] for step in steps)
         return held_out(
-            state.chunks, on_device, plan.loss, seq_length=plan.seq_length, groups=plan.groups, device=plan.device
+            state.chunks,
+            on_device,
+            plan.loss,
+            seq_length=plan.seq_length,
+            groups=plan.groups,
+            device=plan.device,
+            logged=logged,
         )
 
-    return lambda state: {name: measure_one(state, loader) for name, loader in loaders.items()}
+    return lambda state: {name: measure_one(state, name, loader) for name, loader in loaders.items()}
+
+
+def _completed(
+    steps: Iterator[list[Batch]], name: str, loader: ValidRowLoader, config: RunConfig, pairs: PairReference
+) -> Iterator[list[Batch]]:
+    """Held-out micro-batches of pairs of the source ``name``, with what the loss compares them with."""
+    size = config.train.global_batch_size
+    samples = loader.num_samples(config.train.eval_iters, size)
+    for step, batches in enumerate(steps):
+        positions = [loader.positions(number, step * size) for number in range(len(batches))]
+        pairs.complete(batches, [[(name, at) for at in each if at < samples] for each in positions], "valid")
+        yield batches
+
+
+def valid_loader(config: RunConfig, samples: Any, plan: StepPlan) -> ValidLoader | ValidRowLoader:
+    """Held-out samples of one source for this data-parallel rank."""
+    place = {
+        "seq_length": config.model.seq_length,
+        "micro_batch_size": config.train.micro_batch_size,
+        "data_parallel_rank": plan.groups.dp.rank(),
+        "data_parallel_size": plan.groups.dp.size(),
+    }
+    if config.stage == "pretrain":
+        return ValidLoader(samples, config=config.data, **place)
+    return ValidRowLoader(samples, **place)
 
 
 def overall(by_source: dict[str, HeldOut]) -> HeldOut:
     """All sources together, each token counting once."""
+    if len(by_source) == 1:
+        return next(iter(by_source.values()))
     tokens = sum(found.tokens for found in by_source.values())
     return HeldOut(sum(found.loss * found.tokens for found in by_source.values()) / tokens, tokens)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_slm.parallel.block_attention import of_one_width
+from megatron_slm.parallel.kv_cache import KeyValueCache
 from megatron_slm.parallel.ring import Exchange, attend, exchange
 
 QUERY_BLOCK = 128  # rows of one block where no fused kernel exists; 128 x S probabilities live at a time
@@ -44,6 +45,8 @@ class SelfAttentionCore(nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
+        self.cache: KeyValueCache | None = None
+        """There while text is generated (``parallel/incremental.py``): q, k and v are then of new tokens alone."""
         self.over: Exchange | None = None
         if config.context_parallel_size > 1:
             self.over = exchange(pg_collection.cp, cp_comm_type or "p2p")
@@ -66,7 +69,9 @@ class SelfAttentionCore(nn.Module):
         assert packed_seq_params is None, "documents come as attention_mask [B, S], not as packed_seq_params"
         assert attention_bias is None, "torch's fused attention takes no bias"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, D]
-        if self.over is not None:
+        if self.cache is not None:
+            out = self.cache.attend(q, k, v, scale=self.scale)
+        elif self.over is not None:
             out = attend(q, k, v, attention_mask, scale=self.scale, over=self.over)
         elif attention_mask is None:
             out = self._attend(q, k, v)

@@ -95,18 +95,24 @@ def before_reduction(chunks: Sequence[Any], listen: Callable[[list[nn.Parameter]
     def heard(group: Any, start: Callable[..., None]) -> Callable[..., None]:
         def start_grad_sync(*arguments: Any, **options: Any) -> None:
             if group.grad_reduce_handle is None:  # else core's own call returns at once
-                listen([param for bucket in group.buckets for param in bucket.params_list])
+                for listener in group.listeners:
+                    listener([param for bucket in group.buckets for param in bucket.params_list])
             start(*arguments, **options)
 
         return start_grad_sync
 
     for group in groups:
-        group.start_grad_sync = heard(group, group.start_grad_sync)
+        if not hasattr(group, "listeners"):
+            group.listeners = []
+            group.start_grad_sync = heard(group, group.start_grad_sync)
+        group.listeners.append(listen)
     try:
         yield
     finally:
-        for group in groups:
-            del group.start_grad_sync
+        for group in groups:  # several listen at once, and need not end in the order in which they began
+            group.listeners.remove(listen)
+            if not group.listeners:
+                del group.start_grad_sync, group.listeners
 
 
 def _reducing_group(group: Any) -> Any:

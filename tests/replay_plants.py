@@ -5,6 +5,7 @@ What is struck happens in step ``STEP``, the second of a run, so that the step b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 STEP = 2
 STRUCK = "decoder.layers.1.mlp.linear_fc2.weight"
 LAYER = "decoder.layers.1"
+ROTATION = "MSLM_ROTATE_RANKS"
 
 
 def flipped(tensor: torch.Tensor, bit: int, place: int = 5) -> torch.Tensor:
@@ -227,3 +229,28 @@ def _parameters(state: Any) -> dict[str, Any]:
     from megatron_slm.train.optimizer_state import named_parameters
 
     return dict(named_parameters(state.chunks))
+
+
+def slot_gradient_bit(slot: int, bit: int = 6) -> None:
+    """A persistent fault: one bit of the own gradient of whichever rank runs on a slot, in every step."""
+
+    def before(state: Any) -> None:
+        if int(os.environ["MSLM_SLOT"]) == slot:
+            handles.append(_parameters(state)[STRUCK].register_hook(lambda gradient: flipped(gradient, bit)))
+
+    handles: list[Any] = []
+    _add_hook(
+        before_forward=lambda state, inputs: before(state),
+        after_backward=lambda state, inputs: [handle.remove() for handle in handles],
+    )
+
+
+def rotated_start(resolved: Any, places: int, plant: Callable[[], None] | None = None) -> int:
+    """``runs.start`` with every rank moved on by so many slots, as ``mslm replay sdc`` starts its replays."""
+    from tests import runs
+
+    os.environ[ROTATION] = str(places)
+    try:
+        return runs.start(resolved, plant)
+    finally:
+        del os.environ[ROTATION]

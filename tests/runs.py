@@ -47,13 +47,15 @@ def train(
     *overrides: str,
     fresh: bool = False,
     plant: Callable[[], None] | None = None,
+    timeout_s: float = 120.0,
 ) -> int:
     """Train the tiny model as run ``directory``; returns the exit code.
 
     Args:
         plant: called in every rank before it trains, to plant a fault there.
+        timeout_s: see ``run_ranks``.
     """
-    codes = run_ranks(_train, world_size, given(directory, data, *overrides), fresh, plant)
+    codes = run_ranks(_train, world_size, given(directory, data, *overrides), fresh, plant, timeout_s=timeout_s)
     assert len(set(codes)) == 1, f"ranks returned different codes: {codes}"
     return int(codes[0])
 

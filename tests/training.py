@@ -81,8 +81,12 @@ def train(task: Task) -> Outcome | None:
     return outcome if dist.get_rank() == 0 else None
 
 
-def build(task: Task) -> tuple[Any, list[Any], Any]:
-    """Groups, wrapped chunks and optimizer of this rank, as ``run.py`` builds them."""
+def build(task: Task, ending: Any = None) -> tuple[Any, list[Any], Any]:
+    """Groups, wrapped chunks and optimizer of this rank, as ``run.py`` builds them.
+
+    Args:
+        ending: of the model; the sums of pretraining by default.
+    """
     from megatron_slm.model.core_config import transformer_config
     from megatron_slm.model.ending import TokenSums
     from megatron_slm.model.gpt import build_chunks
@@ -105,7 +109,7 @@ def build(task: Task) -> tuple[Any, list[Any], Any]:
         seed=task.train.seed,
         spec=(spec, norm),
         device=torch.device("cpu"),
-        ending=TokenSums(Objective(VOCAB, task.train.z_loss_coefficient, task.train.label_smoothing)),
+        ending=ending or TokenSums(Objective(VOCAB, task.train.z_loss_coefficient, task.train.label_smoothing)),
     )
     chunks = wrap(
         chunks,

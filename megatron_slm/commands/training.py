@@ -1,9 +1,8 @@
-"""The verbs around training: train, check, generate."""
+"""The verbs around training: train, check."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ from megatron_slm.commands.command import (
     Verb,
     accepted,
     parser_of,
-    path_of,
     resolve,
     sources,
     violations_of,
@@ -125,46 +123,6 @@ def _play_roles(resolved: Resolved) -> int:
         print("\n".join(problems), file=sys.stderr)
         return EXIT_REFUSED
     print(f"played a step of {len(played)} ranks, which stand for all: {'; '.join(played)}")
-    return EXIT_OK
-
-
-def generate(name: str, tokens: Sequence[str]) -> int:
-    """``mslm generate``: what a trained model says after a prompt."""
-    parser = parser_of(
-        name,
-        "RUN --prompt TEXT [options]",
-        "Continue a prompt with the newest checkpoint of a run, on one rank, whatever layout it was trained under.",
-        example='mslm generate runs/kjv --prompt "In the beginning"',
-    )
-    parser.add_argument("run", type=path_of, metavar="RUN", help="directory of a run, or one of its checkpoints")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from so many tokens (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
-    parser.add_argument("--ema", action="store_true", help="use the averages of the weights (train.ema_decay)")
-    own = parser.parse_args(tokens)
-    if own.max_new_tokens < 1 or own.top_k < 1 or not 0 <= own.temperature < math.inf:  # nan is refused too
-        raise ConfigError(
-            f"--max-new-tokens {own.max_new_tokens} and --top-k {own.top_k} must be at least 1, --temperature "
-            f"{own.temperature} at least 0 and finite."
-        )
-    from megatron_slm.run_generate import generate as pieces
-
-    # The prompt is printed with the first piece: a refusal stands alone.
-    unprinted = own.prompt
-    for piece in pieces(
-        own.run,
-        own.prompt,
-        max_new_tokens=own.max_new_tokens,
-        temperature=own.temperature,
-        top_k=own.top_k,
-        seed=own.seed,
-        ema=own.ema,
-    ):
-        print(unprinted + piece, end="", flush=True)
-        unprinted = ""
-    print(unprinted)
     return EXIT_OK
 
 
@@ -298,5 +256,4 @@ def _rounded_shares(data: DataConfig) -> Iterator[str]:
 VERBS: Mapping[str, Verb] = {
     "train": Verb("train a model, or resume a run", train),
     "check": Verb("list every violated rule of a configuration, without torch", check),
-    "generate": Verb("continue a prompt with a trained model", generate),
 }

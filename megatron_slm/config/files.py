@@ -23,6 +23,8 @@ def missing_inputs(config: RunConfig, *, provenance: Mapping[str, str] | None = 
         provenance: source of each value, named in the sentences.
     """
     facts = Facts(config, 1, provenance or {})
+    if config.replay.batches_of is not None:
+        return [*_kept_batches(facts), *_tokenizer(facts), *_pretrained(facts)]
     return [*_corpora(facts), *_tokenizer(facts), *_replayed(facts), *_pretrained(facts)]
 
 
@@ -115,6 +117,16 @@ def _replayed(facts: Facts) -> Iterator[str]:
     path = facts.config.data.replay_run
     if path is not None and not Path(path).is_dir():
         yield f"{facts.cite('data.replay_run')}: there is no such directory. Name a run's directory (runs/NAME)."
+
+
+def _kept_batches(facts: Facts) -> Iterator[str]:
+    """The recording whose batches are read in place of a corpus."""
+    path = Path(str(facts.config.replay.batches_of))
+    if not (path / "batches").is_dir():
+        yield (
+            f"{facts.cite('replay.batches_of')}: there are no kept batches. Name the replay/ of a run that was "
+            "recorded with replay.keep_batches."
+        )
 
 
 def _pretrained(facts: Facts) -> Iterator[str]:

@@ -13,6 +13,7 @@ from megatron_slm.config import (
     rules_latent,
     rules_layout,
     rules_replay,
+    rules_stage,
     rules_training,
 )
 from megatron_slm.config.facts import Facts, nearest_divisors
@@ -182,4 +183,5 @@ RULES: tuple[Rule, ...] = (
     *rules_fp8.RULES,
     *rules_dynamics.RULES,
     *rules_replay.RULES,
+    *rules_stage.RULES,
 )

@@ -25,4 +25,18 @@ def recorded_operations(facts: Facts) -> Iterator[str]:
         )
 
 
-RULES = (recorded_operations,)
+def repeated_passes(facts: Facts) -> Iterator[str]:
+    """A pass that is made again must be able to give the same bits."""
+    own, precision = facts.config.replay, facts.config.precision
+    every, fault = "replay.sdc_every", "replay.on_fault"
+    if own.sdc_every is None:
+        if own.on_fault != "stop":
+            yield f"{facts.cite(fault, every)}: no fault would be found. Leave it out, or set {every}."
+    elif precision.fp8 is not None and precision.fp8_recipe == "delayed":
+        yield (
+            f"{facts.cite(every, 'precision.fp8_recipe')}: its scales come from earlier passes, so that a second pass "
+            "of one step gives other bits. Choose another recipe, or leave replay.sdc_every out."
+        )
+
+
+RULES = (recorded_operations, repeated_passes)

@@ -9,6 +9,8 @@ from megatron_slm.data.config import DataConfig, TokenizerConfig
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
 from megatron_slm.replay.config import ReplayConfig
+from megatron_slm.rollout.config import RolloutConfig
+from megatron_slm.stages.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
 from megatron_slm.train.config import (
     CheckpointConfig,
     LogConfig,
@@ -23,7 +25,7 @@ from megatron_slm.train.config import (
 class RunConfig:
     """Everything that decides what a run computes. Built by :func:`megatron_slm.config.load.load`."""
 
-    stage: str = option("pretrain", "what the run does to the model", choices=("pretrain",))
+    stage: str = option("pretrain", "what the run does to the model", choices=("pretrain", "sft", "reward", "dpo"))
     preset: str | None = option(None, "published model shape to start from; every other value overrides it")
     name: str | None = option(None, "the run's directory below log.runs_dir; default the file's stem, then the preset")
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -37,3 +39,10 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)

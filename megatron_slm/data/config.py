@@ -36,6 +36,12 @@ class DataConfig:
     eod_mask_loss: bool = option(
         False, "no loss on what follows an end-of-document token, the start of an unrelated document"
     )
+    pack_rows: bool = option(True, "after pretraining: several examples share a row, each attending to itself alone")
+    train_on: str = option(
+        "assistant",
+        "after pretraining, the labels that count: what the assistant says, the last turn alone (completion), or all",
+        choices=("assistant", "completion", "all"),
+    )
     data_seed: int | None = option(None, "seed of the sample order; default train.seed", minimum=0)
 
 

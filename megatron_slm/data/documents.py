@@ -110,7 +110,7 @@ def read_documents(source: Source, *, text_key: str, text_unit: str, key_option:
             f"{source.path} holds token ids, not text. Give the tokenizer they were made with, and no other input."
         )
     for file in source.files:
-        with _unchanged(file):
+        with unchanged(file):
             if source.kind == "jsonl":
                 texts = read_jsonl(file.path, text_key, key_option)
             elif source.kind == "parquet":
@@ -128,7 +128,7 @@ def read_token_documents(source: Source, eod_id: int) -> Iterator[np.ndarray]:
     """
     with contextlib.ExitStack() as stack:
         for file in source.files:
-            stack.enter_context(_unchanged(file))
+            stack.enter_context(unchanged(file))
         for document in indexed.read(source.path):
             ids = document[:-1] if len(document) and document[-1] == eod_id else document
             if len(ids):
@@ -268,7 +268,7 @@ def _licence_in(head: bytes) -> str | None:
 
 
 @contextlib.contextmanager
-def _unchanged(file: SourceFile) -> Iterator[None]:
+def unchanged(file: SourceFile) -> Iterator[None]:
     """Refuses ``file`` when the block has read another one than was hashed."""
     with _readable(file.path):
         try:

@@ -25,13 +25,12 @@ def positions_of(
     return range(start, start + micro_batch_size)
 
 
-class _RankLoader:
-    """What both loaders share: the shape of a micro-batch and the place of this rank."""
+class RankLoader:
+    """What all loaders share: the shape of a micro-batch and the place of this rank."""
 
     def __init__(
         self,
         *,
-        config: DataConfig,
         seq_length: int,
         micro_batch_size: int,
         data_parallel_rank: int,
@@ -40,7 +39,6 @@ class _RankLoader:
         assert 0 <= data_parallel_rank < data_parallel_size, (
             f"data-parallel rank {data_parallel_rank} is not one of {data_parallel_size}"
         )
-        self.config = config
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.data_parallel_rank = data_parallel_rank
@@ -60,7 +58,8 @@ class _RankLoader:
             )
         return count
 
-    def _positions(self, micro_batch: int, consumed_samples: int) -> range:
+    def positions(self, micro_batch: int, consumed_samples: int) -> range:
+        """Positions of this rank's micro-batch of the step that begins after so many samples."""
         return positions_of(
             micro_batch,
             consumed_samples=consumed_samples,
@@ -70,7 +69,7 @@ class _RankLoader:
         )
 
 
-class TrainLoader(_RankLoader):
+class TrainLoader(RankLoader):
     """Training samples in the order of a cursor. All tp, cp and pp ranks of one dp rank read the same batches.
 
     Args:
@@ -88,12 +87,12 @@ class TrainLoader(_RankLoader):
         data_parallel_size: int,
     ) -> None:
         super().__init__(
-            config=config,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
         )
+        self.config = config
         self.corpora = corpora
         self.eod_id = next(iter(corpora.values())).eod_id
         self.windows = mixture_text.lengths(config.length_schedule)
@@ -109,7 +108,7 @@ class TrainLoader(_RankLoader):
         return (self._batch(cursor, micro_batch) for micro_batch in range(count))
 
     def _batch(self, cursor: Cursor, micro_batch: int) -> Batch:
-        positions = self._positions(micro_batch, cursor.consumed_samples)
+        positions = self.positions(micro_batch, cursor.consumed_samples)
         return build_batch(
             self.corpora,
             cursor.order,
@@ -126,7 +125,7 @@ class TrainLoader(_RankLoader):
         return next((tokens for start, tokens in reversed(self.windows) if start <= position), self.seq_length)
 
 
-class ValidLoader(_RankLoader):
+class ValidLoader(RankLoader):
     """The valid split in natural order: every validation reads the same first samples.
 
     Rule: the first ``min(eval_iters * global_batch_size, samples of the split)`` samples, each exactly once, dealt to
@@ -145,12 +144,12 @@ class ValidLoader(_RankLoader):
         data_parallel_size: int,
     ) -> None:
         super().__init__(
-            config=config,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             data_parallel_rank=data_parallel_rank,
             data_parallel_size=data_parallel_size,
         )
+        self.config = config
         self.corpus = corpus
 
     def num_samples(self, eval_iters: int, global_batch_size: int) -> int:
@@ -191,7 +190,7 @@ class ValidLoader(_RankLoader):
             yield [self._batch(k, start, samples) for k in range(min(per_step, needed))]
 
     def _batch(self, micro_batch: int, start: int, samples: int) -> Batch:
-        positions = self._positions(micro_batch, start)
+        positions = self.positions(micro_batch, start)
         return build_samples(
             [self.corpus.sample(at, self.seq_length) if at < samples else None for at in positions],
             seq_length=self.seq_length,

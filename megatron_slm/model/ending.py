@@ -6,7 +6,7 @@ first), V_l rows of the output matrix on this tp rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from megatron_slm.parallel.vocab_divergence import Teacher, vocab_parallel_divergence
 from megatron_slm.parallel.vocab_loss import Objective, vocab_parallel_loss
 from megatron_slm.parallel.vocab_scores import Vocabulary, vocab_parallel_scores
 
@@ -44,15 +45,16 @@ class TokenSums:
 class TokenScores:
     """Log-probability, entropy and correctness of every label that counts; see ``vocab_parallel_scores``.
 
-    ``loss_mask`` says which labels count, ``kept`` [B, S, N], where the batch has it, among which ids they were drawn.
+    ``loss_mask`` says which labels count; where the batch has them, ``kept`` [B, S, N] among which ids they were drawn,
+    and ``teacher_ids`` [B, S, K] which further ids of each position are scored.
     """
 
     vocabulary: Vocabulary
 
     def __call__(self, hidden: Tensor, weight: Tensor, fields: Fields, group: Any) -> Tensor:
-        """-> [3, B, S]: ``LOGPROB``, ``ENTROPY``, ``CORRECT``."""
-        labels = fields["labels"]
-        kept = fields.get("kept")
+        """-> [3, B, S]: ``LOGPROB``, ``ENTROPY``, ``CORRECT``; with further ids [3 + K, B, S], theirs behind the first."""
+        kept, ids = fields.get("kept"), fields.get("teacher_ids")
+        labels = fields["labels"] if ids is None else torch.cat([fields["labels"][..., None], ids], dim=-1)
         scores = vocab_parallel_scores(
             hidden,
             weight,
@@ -62,7 +64,48 @@ class TokenScores:
             vocabulary=self.vocabulary,
             kept=None if kept is None else sequence_first(kept),
         )
-        return batch_first(scores, *labels.shape)
+        return batch_first(scores, *labels.shape[:2])
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The last hidden states themselves: what a running teacher gives to ``TokenDivergence``."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, fields: Fields, group: Any) -> Tensor:
+        """-> [B, S, H]."""
+        batch, sequence = fields["labels"].shape
+        return hidden.view(sequence, batch, -1).transpose(0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class TokenDivergence:
+    """How far every token's distribution is from a teacher's; see ``vocab_parallel_divergence``.
+
+    The batch has the teacher's ``teacher_hidden`` [B, S, G].
+
+    Args:
+        beta: of the divergence.
+        teacher_weight: gives this rank's rows [V_l, G] of the teacher's output matrix.
+    """
+
+    vocabulary: Vocabulary
+    beta: float
+    teacher_weight: Callable[[], Tensor]
+
+    def __call__(self, hidden: Tensor, weight: Tensor, fields: Fields, group: Any) -> Tensor:
+        """-> [6, B, S]: ``DIVERGENCE``, ``LOGPROB``, ``FORWARD``, ``REVERSE``, ``ENTROPY``, ``AGREEMENT``."""
+        labels = fields["labels"]
+        values = vocab_parallel_divergence(
+            hidden,
+            weight,
+            sequence_first(labels),
+            sequence_first(fields["loss_mask"]),
+            teacher=Teacher(sequence_first(fields["teacher_hidden"]), self.teacher_weight()),
+            beta=self.beta,
+            group=group,
+            vocabulary=self.vocabulary,
+        )
+        return batch_first(values, *labels.shape)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,15 @@ from megatron_slm.replay.diff import Divergence
 from megatron_slm.replay.stream import Flag, Phase
 
 NO_CAUSE = ("config.name", "config.log.", "config.replay.", "config.checkpoint.save", "config.checkpoint.keep",
-    "config.checkpoint.async", "config.data.data_path", "config.train.train_iters",
-            "config.train.eval_", "config.train.exit_", "surroundings.host", "surroundings.command",
-            "surroundings.memory_bytes", "surroundings.git.", "step", "provenance.", "host", "fingerprints",
+            "config.checkpoint.async", "config.data.data_path", "config.data.sources", "config.data.replay_run",
+            "config.data.loss_aware_strength", "config.tokenizer.", "config.train.train_iters", "config.train.eval_",
+            "config.train.exit_", "config.train.early_stopping_patience", "surroundings.host", "surroundings.command",
+            "surroundings.memory_bytes", "surroundings.git.", "step", "provenance.", "host", "slot", "cores",
+            "fingerprints",
+            "cursor.",
+            "code.diff", "environment.TORCHELASTIC_", "environment.TORCHINDUCTOR_CACHE", "environment.TRITON_CACHE",
             "config.schedule.lr_decay_iters")  # fmt: skip
-"""What may differ between two runs that compute the same numbers."""
+"""What may differ between two runs that compute the same numbers; of data and tokenizer the digests decide."""
 REDUCTION = ("config.parallel.ddp_bucket_size", "config.parallel.overlap_", "config.parallel.use_distributed_optimizer",
              "config.parallel.reduce_scatter_with_fp32_accumulation", "buckets", "environment.NCCL_",
              "environment.GLOO_", "config.precision.accumulate_allreduce_grads_in_fp32")  # fmt: skip

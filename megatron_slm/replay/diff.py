@@ -11,6 +11,7 @@ Ranks of one pipeline stage keep their records in one order, so that the numbers
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import numpy as np
 
 from megatron_slm.errors import ConfigError
 from megatron_slm.replay.capsule import Capsule
-from megatron_slm.replay.stream import Flag, Frame, Phase, roots
+from megatron_slm.replay.search import Search, Streams, search
+from megatron_slm.replay.stream import Flag, Frame, Phase, roots, stream_path
 
 ORDER = {
     Phase.BATCH: 0, Phase.RNG: 1, Phase.OUTPUT: 2, Phase.LOSS: 2, Phase.OUTPUT_GRADIENT: 2, Phase.OPERATION: 2,
@@ -39,6 +41,23 @@ class Key(NamedTuple):
     micro_batch: int
     name: str
     nth: int
+
+
+class Differing(NamedTuple):
+    """A record that is not the same in two frames, with its lanes; None where a frame has no such record."""
+
+    key: Key
+    place: int
+    """Of the record in its frame."""
+    first: tuple[int, int] | None
+    second: tuple[int, int] | None
+
+    @property
+    def only_in(self) -> str | None:
+        """In which of them alone it is."""
+        if self.first is not None and self.second is not None:
+            return None
+        return "second" if self.first is None else "first"
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,22 @@ class Divergence:
         return ORDER[phase], self.key.micro_batch if computed else 0, stage if computed else 0, self.index, self.rank
 
 
+RankSearch = Search[tuple[Key, int, str | None]]
+"""What differs in a rank's first pair of frames that does: :func:`frame_difference`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of two recordings: where they part, and how many frames of all ranks that both have were read for it."""
+
+    divergence: Divergence | None
+    frames: int
+    read: int
+
+    def __str__(self) -> str:
+        return f"{self.read} of {self.frames} recorded steps of all ranks"
+
+
 def first_divergence(first: Capsule, second: Capsule) -> Divergence | None:
     """Where the two part; None where every step that both have is equal.
 
@@ -98,22 +133,30 @@ def first_divergence(first: Capsule, second: Capsule) -> Divergence | None:
         ConfigError: other ranks or another layout, so that ranks cannot be compared one to one; or no common step.
         CheckpointError: a recording is damaged.
     """
+    return compare(first, second).divergence
+
+
+def compare(first: Capsule, second: Capsule) -> Comparison:
+    """The same, with how much had to be read.
+
+    Raises:
+        ConfigError: as :func:`first_divergence`.
+        CheckpointError: a recording is damaged.
+    """
     stages = pipeline_ranks(first, second)
-    found: list[Divergence] = []
-    compared = 0
-    for rank in first.ranks:
-        divergence, frames = rank_divergence(first, second, rank, (stages[rank], max(stages.values()) + 1))
-        compared += frames
-        if divergence is not None:
-            found.append(divergence)
-    if not compared:
+    searches = {rank: rank_search(first, second, rank) for rank in first.ranks}
+    frames, read = (sum(getattr(one, name) for one in searches.values()) for name in ("frames", "read"))
+    if not frames:
         raise ConfigError(f"{first.folder} and {second.folder} have no recorded step in common.")
+    count = max(stages.values()) + 1
+    divergences = (_divergence(rank, (stages[rank], count), one) for rank, one in searches.items())
+    found = [one for one in divergences if one is not None]
     if not found:
-        return None
+        return Comparison(None, frames, read)
     earliest = min((one.step, one.start) for one in found)
     candidates = sorted((one for one in found if (one.step, one.start) == earliest), key=Divergence.order)
     others = tuple(one.rank for one in candidates[1:])
-    return Divergence(**{**vars(candidates[0]), "others": others})
+    return Comparison(dataclasses.replace(candidates[0], others=others), frames, read)
 
 
 def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
@@ -135,32 +178,30 @@ def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
 def rank_divergence(
     first: Capsule, second: Capsule, rank: int, stage: tuple[int, int]
 ) -> tuple[Divergence | None, int]:
-    """(a rank's first difference, frames compared); ``stage`` is its pipeline stage and how many there are."""
+    """(a rank's first difference, frames that both have); ``stage`` is its pipeline stage and how many there are."""
+    found = rank_search(first, second, rank)
+    return _divergence(rank, stage, found), found.frames
+
+
+def rank_search(first: Capsule, second: Capsule, rank: int) -> RankSearch:
+    """A rank's first pair of frames that differ."""
     names = first.names(rank), second.names(rank)
     buckets = [capsule.manifest(1, rank)["buckets"] for capsule in (first, second)]
-    count, previous = 0, None
-    for one, other in common_frames(first.frames(rank), second.frames(rank)):
-        count += 1
-        found = frame_difference(one, other, names, alike=buckets[0] == buckets[1])
-        if found is not None:
-            key, index, only_in = found
-            start = Flag.START in one.flags
-            return Divergence(one.step, start, rank, key, index, *stage, only_in, previous), count
-        previous = one.step
-    return None, count
+    alike = bool(buckets[0] == buckets[1])
+    paths = stream_path(first.folder, rank), stream_path(second.folder, rank)
+    return search(
+        Streams(paths, names),
+        lambda one, other: frame_difference(one, other, names, alike=alike),
+        halving=alike,
+    )
 
 
-def common_frames(first: Iterator[Frame], second: Iterator[Frame]) -> Iterator[tuple[Frame, Frame]]:
-    """Frames of the same step (or start) in both, in their order; what one of them has alone is passed over."""
-    one, other = next(first, None), next(second, None)
-    while one is not None and other is not None:
-        here, there = (one.step, Flag.START in one.flags), (other.step, Flag.START in other.flags)
-        if here == there:
-            yield one, other
-        if here <= there:
-            one = next(first, None)
-        if there <= here:
-            other = next(second, None)
+def _divergence(rank: int, stage: tuple[int, int], found: RankSearch) -> Divergence | None:
+    if found.difference is None or found.place is None:
+        return None
+    key, index, only_in = found.difference
+    step, start = found.place.key
+    return Divergence(step, start, rank, key, index, *stage, only_in, found.previous)
 
 
 def frame_difference(
@@ -171,33 +212,38 @@ def frame_difference(
     Args:
         alike: both ranks hold the same parts of everything; else what only one of them holds is passed over.
     """
+    found = next(differing_records(one, other, names, alike=alike), None)
+    return None if found is None else (found.key, found.place, found.only_in)
+
+
+def differing_records(
+    one: Frame, other: Frame, names: tuple[Sequence[str], Sequence[str]], *, alike: bool = True
+) -> Iterator[Differing]:
+    """Every record that differs between two frames of one step, in the first one's order; then what is not in it."""
     if Flag.ROOTS in one.flags or Flag.ROOTS in other.flags:
-        return _root_difference(one, other, names)
+        yield from _differing_roots(one, other, names)
+        return
     if names[0] == names[1] and np.array_equal(one.records, other.records):
-        return None
+        return
     here, there = _lanes_by_key(one, names[0]), _lanes_by_key(other, names[1])
     # A run that was recorded at a coarser level has nothing of some phases.
     phases = {key.phase for key in here} & {key.phase for key in there}
     whole = phases if alike else phases - DIVIDED
     for index, (key, lanes) in enumerate(here.items()):
         if key in there and there[key] != lanes:
-            return key, index, None
+            yield Differing(key, index, lanes, there[key])
         if key not in there and key.phase in whole:
-            return key, index, "first"
-    for index, key in enumerate(there):
+            yield Differing(key, index, lanes, None)
+    for index, (key, lanes) in enumerate(there.items()):
         if key not in here and key.phase in whole:
-            return key, index, "second"
-    return None
+            yield Differing(key, index, None, lanes)
 
 
-def _root_difference(
-    one: Frame, other: Frame, names: tuple[Sequence[str], Sequence[str]]
-) -> tuple[Key, int, str | None] | None:
+def _differing_roots(one: Frame, other: Frame, names: tuple[Sequence[str], Sequence[str]]) -> Iterator[Differing]:
     here, there = roots(one, names[0]), dict(roots(other, names[1]))
     for index, (phase, lanes) in enumerate(here):
         if phase in there and there[phase] != lanes:
-            return Key(Phase(phase), 0, WHOLE_PHASE, 0), index, None
-    return None
+            yield Differing(Key(Phase(phase), 0, WHOLE_PHASE, 0), index, lanes, there[phase])
 
 
 def _lanes_by_key(frame: Frame, names: Sequence[str]) -> dict[Key, tuple[int, int]]:

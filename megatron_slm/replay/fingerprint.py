@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_slm.kernels import block_products
 from megatron_slm.kernels.row_products import row_products
 
 ROW_BYTES, COLUMNS, LANES = 1024, 8, 2
@@ -87,7 +88,8 @@ class Layout:
 class Sheet:
     """Collects tensors of one device and gives all their digests at once: one transfer to the host.
 
-    ``add`` reads the values at once (in the order of the device's stream); 3 % of their bytes are kept for ``finish``.
+    ``add`` reads the values at once (in the order of the device's stream); a thousandth of their bytes is kept for
+    ``finish``.
     """
 
     def __init__(self) -> None:
@@ -108,7 +110,7 @@ class Sheet:
         if layout is None:
             layout = self._layouts.setdefault(signature, layout_of(tensors))
         self._added.append(layout)
-        self._products.append(_level_1(layout, tensors))
+        self._products.append(_products(layout, tensors))
         places = range(self._count, self._count + len(tensors))
         self._count += len(tensors)
         return places
@@ -127,7 +129,8 @@ class Sheet:
         position = np.arange(1, len(owner) + 1) - np.repeat(np.cumsum(blocks) - blocks, blocks)
         with np.errstate(over="ignore"):
             offset = torch.from_numpy(position * _BLOCK).to(device)
-        mixed = _mix(_folded(products) + offset.unsqueeze(1))
+        folded = (products.to(torch.int64).unsqueeze(-1) * keys(device).fold).sum(dim=1)
+        mixed = _mix(folded + offset.unsqueeze(1))
         lanes = torch.from_numpy(salts).to(device)
         lanes.index_add_(0, torch.from_numpy(owner).to(device), mixed)
         found: NDArray[np.uint64] = _mix(lanes).cpu().numpy().view(np.uint64)
@@ -204,6 +207,14 @@ def keys(device: torch.device) -> Keys:
     return Keys(first, second, fold.view(COLUMNS, LANES).to(device))
 
 
+def _products(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
+    """Level-2 results [blocks, COLUMNS] int32."""
+    if tensors and block_products.choose(tensors[0].device.type)[0]:
+        own = keys(tensors[0].device)
+        return block_products.block_products([_as_bytes(tensor) for tensor in tensors], own.first, own.second)
+    return _level_2(_level_1(layout, tensors))
+
+
 def _level_1(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
     """[blocks x ROWS, COLUMNS] int32."""
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -214,9 +225,7 @@ def _level_1(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
         data[index] = _as_bytes(tensors[index])
         row_products(data[index][: whole * ROW_BYTES].view(whole, ROW_BYTES), key, out[row : row + whole])
     if layout.pieces:
-        found = [
-            (data[index] if index in data else _as_bytes(tensors[index]))[start:] for index, start in layout.pieces
-        ]
+        found = [data[index][start:] if start else _as_bytes(tensors[index]) for index, start in layout.pieces]
         torch._foreach_copy_(layout.places, found)
         products = torch.empty(layout.gathered.shape[0], COLUMNS, dtype=torch.int32, device=device)
         row_products(layout.gathered, key, products)
@@ -224,14 +233,13 @@ def _level_1(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _folded(products: Tensor) -> Tensor:
-    """Level-1 results [blocks x ROWS, COLUMNS] -> lanes of each block [blocks, LANES], not mixed."""
-    own = keys(products.device)
+def _level_2(products: Tensor) -> Tensor:
+    """Level-1 results [blocks x ROWS, COLUMNS] -> [blocks, COLUMNS] int32."""
     rows = products.view(-1).view(torch.int8).view(-1, ROW_BYTES)
-    second = torch.empty(rows.shape[0], COLUMNS, dtype=torch.int32, device=products.device)
+    out = torch.empty(rows.shape[0], COLUMNS, dtype=torch.int32, device=products.device)
     if rows.shape[0]:
-        row_products(rows, own.second, second)
-    return (second.to(torch.int64).unsqueeze(-1) * own.fold).sum(dim=1)
+        row_products(rows, keys(products.device).second, out)
+    return out
 
 
 def _mix(values: Tensor) -> Tensor:
@@ -247,8 +255,8 @@ def _shifted(values: Tensor, bits: int) -> Tensor:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """The elements in row-major order, [bytes] int8; a view where the tensor is contiguous."""
-    elements = tensor.detach().contiguous().view(-1)
+    """The elements in row-major order, [bytes] int8; a view where the tensor is contiguous. Without a gradient."""
+    elements = tensor.contiguous().view(-1)
     if elements.numel() == 1:  # contiguous whatever its stride is, and a view of another format wants a stride of 1
         elements = elements.as_strided((1,), (1,))
     return elements.view(torch.int8)

@@ -8,19 +8,19 @@ first run itself goes when its initial weights are moved by one unit in the last
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from megatron_slm.config.load import load
 from megatron_slm.errors import ConfigError
 from megatron_slm.replay.cause import NO_CAUSE
-from megatron_slm.replay.global_names import kind_of, module_of, parts_of, place_of
+from megatron_slm.replay.global_names import kind_of, parts_of, place_of
+from megatron_slm.replay.layout_report import LOSS, UPDATES, Deviation, LayoutDifference, Origin
 from megatron_slm.replay.perturbed import INITIAL
 from megatron_slm.train import metrics, publish
 from megatron_slm.train.payload import read_tensor
@@ -31,135 +31,11 @@ from megatron_slm.train.saved_state import read_state
 Tolerance = Callable[[float], float]
 """The largest relative error that counts as equal, of the error that rounding alone has made."""
 OF_THE_LAYOUT = ("parallel.", "train.micro_batch_size", "checkpoint.")
-NUMBERS = ("loss", "gradient norm")
-UPDATES = 4.0
-"""Two runs whose gradients differ throughout part by about twice what each has moved its weights."""
+NUMBERS = (LOSS, "gradient norm")
 
 
-class Deviation(NamedTuple):
-    """Something that differs by more than rounding does: a step's number, or a tensor after a step."""
-
-    step: int
-    name: str
-    error: float
-    """Relative."""
-    tolerance: float
-
-    @property
-    def ratio(self) -> float:
-        """The error in units of the tolerance; 0 where rounding alone leaves nothing to compare."""
-        return self.error / self.tolerance if math.isfinite(self.tolerance) else 0.0
-
-    @property
-    def module(self) -> str:
-        """The module that a tensor belongs to."""
-        return module_of(self.name)
-
-    def record(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
-        fields = {**self._asdict(), "ratio": self.ratio, "module": self.module}
-        return {key: str(value) if value == math.inf else value for key, value in fields.items()}
-
-
-@dataclass(frozen=True)
-class LayoutDifference:
-    """What two runs have not in common, beside their layouts.
-
-    Attributes:
-        layouts: of both, in words.
-        steps: completed steps of the checkpoints that both have, oldest first.
-        settings: what their configurations have not in common, beside the layout.
-        samples: the first step in which other samples were read; nothing else is compared then.
-        numbers: the first loss and the first gradient norm that deviate.
-        tensors: those that deviate in the first checkpoint in which one does, in the order of the model.
-        displaced: weights among them that are farther apart than updates have moved them since the start; each with
-            ``UPDATES`` times that way as its tolerance.
-        compared: tensors of a checkpoint.
-        largest: the largest error in units of its tolerance in the newest checkpoint.
-    """
-
-    layouts: tuple[str, str]
-    steps: tuple[int, ...]
-    settings: tuple[str, ...] = ()
-    samples: int | None = None
-    numbers: tuple[Deviation, ...] = ()
-    tensors: tuple[Deviation, ...] = ()
-    displaced: tuple[Deviation, ...] = ()
-    compared: int = 0
-    largest: float = 0.0
-
-    @property
-    def equal(self) -> bool:
-        """Whether all is within its tolerance."""
-        return self.samples is None and not self.numbers and not self.tensors
-
-    @property
-    def worst(self) -> Deviation | None:
-        """The tensor that is farthest beyond its tolerance; of equals, the first in the model.
-
-        A weight that no update has brought there comes before all others: it was wrong before they were.
-        """
-        return max(self.displaced or self.tensors, key=lambda one: one.ratio, default=None)
-
-    @property
-    def loss_parted(self) -> int | None:
-        """The first step whose loss deviates."""
-        return next((one.step for one in self.numbers if one.name == NUMBERS[0]), None)
-
-    def render(self) -> str:
-        """The verdict in words."""
-        return "\n".join([*self._verdict(), *(f"  although other: {fact}" for fact in self.settings)])
-
-    def _verdict(self) -> list[str]:
-        between = f"{self.layouts[0]} against {self.layouts[1]}"
-        if self.samples is not None:
-            return [
-                f"DIFFERENT: {between}",
-                f"  data           other samples from step {self.samples} on; no more compared",
-            ]
-        if self.equal:
-            return [
-                f"equal within tolerance: {between}; losses and gradient norms of steps 1 to {self.steps[-1]}, "
-                f"{self.compared} tensors after it, the farthest at {self.largest:.2g} of its tolerance"
-            ]
-        lines = [f"DIFFERENT: {between}"]
-        lines += [f"  {one.name:<14} of step {one.step}: {_beyond(one)}" for one in self.numbers]
-        if (worst := self.worst) is None:
-            return [*lines, f"  tensors        after step {self.steps[-1]} within tolerance"]
-        first = self.tensors[0]
-        return [
-            *lines,
-            f"  {'displaced' if self.displaced else 'most deviating':<14} {worst.name} after step {worst.step}: "
-            + (f"{worst.ratio:.3g} x {_DISPLACED}" if self.displaced else _beyond(worst)),
-            f"  its module     {worst.module}",
-            f"  first in model {first.name}: {_beyond(first)}",
-            f"  tensors        {len(self.tensors)} of {self.compared} deviate after step {worst.step}",
-            f"  loss           {_of_loss(self.loss_parted)}",
-        ]
-
-    def to_json(self) -> str:
-        """The same as one JSON line."""
-        record = asdict(self) | {
-            "equal": self.equal,
-            "loss_parted": self.loss_parted,
-            "numbers": [one.record() for one in self.numbers],
-            "worst": self.worst.record() if self.worst else None,
-            "tensors": [one.record() for one in self.tensors],
-            "displaced": [one.record() for one in self.displaced],
-            "largest": self.largest if math.isfinite(self.largest) else str(self.largest),
-        }
-        return json.dumps(record)
-
-
-_DISPLACED = f"{UPDATES:g} times what all updates have moved it by: it was other from the start"
-
-
-def _of_loss(step: int | None) -> str:
-    """What the step in which the loss has parted says."""
-    if step == 1:
-        return "parts in step 1: the weights that both begin with, or the forward pass"
-    when = "does not part" if step is None else f"parts in step {step}, not before"
-    return f"{when}: the forward pass is right; look at gradients, their reduction and the optimizer"
+Locate = Callable[[tuple[Path, Path], Sequence[int]], Iterable[Origin]]
+"""(two runs, completed steps of their common checkpoints) -> where each deviates from one rank."""
 
 
 def layout_diff(
@@ -168,6 +44,7 @@ def layout_diff(
     tolerance: Callable[[str], Tolerance],
     *,
     at: int | None = None,
+    locate: Locate | None = None,
 ) -> LayoutDifference:
     """Compare two runs up to their newest common checkpoint.
 
@@ -175,15 +52,17 @@ def layout_diff(
         reference: the steps of common checkpoints -> the first run under rounding errors; asked once the data agree.
         tolerance: of a precision ("fp32", "bf16").
         at: completed steps of the common checkpoint to end at; default the newest.
+        locate: asked where a difference comes from; default nobody is.
 
     Raises:
-        ConfigError: no checkpoint in common, or the reference has not got the last of them.
+        ConfigError: no checkpoint in common, or the reference has not got the last of them; dropout is on.
         CheckpointError: something is damaged.
     """
     steps = _common_steps(runs, at)
     paths = [publish.published(run / "checkpoints")[steps[-1]] for run in runs]
     states = [read_state(path) for path in paths]
     layouts = (_words(states[0].layout), _words(states[1].layout))
+    _refuse_dropout(paths)
     found = LayoutDifference(layouts, steps, _other_settings(paths[0], paths[1]))
     records = [_records(run, steps[-1]) for run in runs]
     if (samples := _other_samples(*records)) is not None:
@@ -194,10 +73,12 @@ def layout_diff(
     three = (*runs, perturbed)
     newest = _of_checkpoint(three, steps[-1], judge)
     found = replace(found, numbers=numbers, compared=len(newest), largest=max(one.ratio for one in newest))
-    return found if found.largest <= 1.0 else _located(found, three, newest, judge)
+    if found.largest > 1.0:
+        found = _with_tensors(found, three, newest, judge)
+    return found if found.equal or locate is None else replace(found, origins=tuple(locate(runs, steps)), looked=True)
 
 
-def _located(
+def _with_tensors(
     found: LayoutDifference, runs: tuple[Path, Path, Path], newest: list[Deviation], tolerance: Tolerance
 ) -> LayoutDifference:
     """With the first checkpoint in which a tensor deviates: a difference spreads, and is seen best where it begins."""
@@ -224,6 +105,22 @@ def _common_steps(runs: tuple[Path, Path], at: int | None) -> tuple[int, ...]:
             "both with one checkpoint.save_interval."
         )
     return tuple(step for step in common if at is None or step <= at)
+
+
+def _refuse_dropout(checkpoints: Sequence[Path]) -> None:
+    """Refuse runs of which no two layouts compute the same.
+
+    Raises:
+        ConfigError: one of them has dropout.
+    """
+    for path in checkpoints:
+        model = load(path / "config.yaml").config.model
+        for key in ("hidden_dropout", "attention_dropout"):
+            if rate := getattr(model, key):
+                raise ConfigError(
+                    f"model.{key} = {rate} in {path.parent.parent}: each rank draws its own masks, so no two layouts "
+                    f"compute the same. Compare runs with model.{key}=0."
+                )
 
 
 def _other_settings(*checkpoints: Path) -> tuple[str, ...]:
@@ -345,7 +242,3 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 def _words(layout: Mapping[str, int]) -> str:
     return " ".join(f"{axis}{size}" for axis, size in layout.items() if size > 1 and axis != "world_size") or "1 rank"
-
-
-def _beyond(one: Deviation) -> str:
-    return f"{one.ratio:.3g} x its tolerance ({one.error:.2g} against {one.tolerance:.2g}, relative)"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +18,14 @@ from typing import Any
 import torch
 
 from megatron_slm.config.load import Resolved
+from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import CheckpointError
 from megatron_slm.kernels.row_products import choose
-from megatron_slm.parallel.layout import AXES, Layout
+from megatron_slm.parallel.layout import AXES, Layout, layer_split
+from megatron_slm.replay.source import code
 from megatron_slm.replay.stream import Phase
 from megatron_slm.train.optimizer_state import named_parameters
-from megatron_slm.train.run_directory import surroundings
+from megatron_slm.train.run_directory import cpu_name, surroundings
 
 VERSION = 1
 ENVIRONMENT = (
@@ -47,6 +48,7 @@ def run_manifest(resolved: Resolved, data: Mapping[str, Any], layout: Layout, *,
         "world_size": layout.world_size,
         "layout": layout.sizes,
         "groups": {axis: [list(group) for group in layout.groups_of(axis)] for axis in AXES},
+        "schedule": schedule(resolved.config, layout),
         "phases": {phase.name: int(phase) for phase in Phase},
     }
 
@@ -59,10 +61,14 @@ def rank_manifest(chunks: Sequence[Any], device: torch.device, *, rank: int, ste
         "step": step,
         "rank": rank,
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "slot": int(os.environ.get("MSLM_SLOT", rank)),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
         "libraries": {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+            "nccl": torch.cuda.nccl.version() if on_gpu else None,
+            "driver": torch._C._cuda_getDriverVersion() if on_gpu else None,  # type: ignore[attr-defined]
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
             "build": _sha256(torch.__config__.show().encode()),
         },
@@ -79,18 +85,14 @@ def rank_manifest(chunks: Sequence[Any], device: torch.device, *, rank: int, ste
     }
 
 
-def code() -> dict[str, Any]:
-    """The program's own source: a digest of every file, and commit and difference where it lies in a repository."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    # Links lead to the folders that lie beside the package.
-    for path in sorted(path for root, _, names in os.walk(package, followlinks=True) for path in _sources(root, names)):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    difference = _git(package, "diff", "HEAD", "--", ".")
+def schedule(config: RunConfig, layout: Layout) -> dict[str, Any]:
+    """What passes through which stage in a step: where it begins, for a batch may grow."""
+    parallel = config.parallel
     return {
-        "sources_sha256": digest.hexdigest(),
-        "commit": _git(package, "rev-parse", "HEAD"),
-        "diff_sha256": _sha256(difference.encode()) if difference else None,
+        "layers": [list(chunks) for chunks in layer_split(config.model.num_layers, parallel)],
+        "virtual_pipeline": layout.vpp_size,
+        "micro_batches": layout.num_microbatches(config.train.global_batch_size, config.train.micro_batch_size),
+        "micro_batch_size": config.train.micro_batch_size,
     }
 
 
@@ -122,20 +124,6 @@ def write(path: Path, manifest: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path} cannot be written ({error}); make room there, or set replay.level=none"
         ) from error
-
-
-def _sources(root: str, names: Sequence[str]) -> list[Path]:
-    return [Path(root) / name for name in names if name.endswith(".py")]
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10.0, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _sha256(content: bytes) -> str:

@@ -20,6 +20,7 @@ from megatron_slm.config.load import Resolved, load
 from megatron_slm.errors import CheckpointError, ReplayError
 from megatron_slm.replay.rerun import EXIT_REACHED, EXIT_STOPPED, Start, anew, directory_of
 from megatron_slm.train import manifest, publish
+from megatron_slm.train.config import OptimizerConfig
 from megatron_slm.train.payload import read_object, read_tensor
 from megatron_slm.train.payload_index import is_weight, read_index
 from megatron_slm.train.payload_stream import PayloadWriter
@@ -44,23 +45,42 @@ def perturbed_run(own: Path, steps: Sequence[int], start: Start) -> Path:
         CheckpointError: nothing can be written there.
         ReplayError: a run has failed.
     """
-    place = own.with_name(f"{own.name}-layout-diff")
+    place = place_beside(own)
     checkpoint = publish.published(own / "checkpoints")[steps[-1]]
     with locked(RunDirectory(place)):
         anew(place)
-        first = _trained(start, _without_updates(_like(checkpoint, place / INITIAL, last=1, save_interval=1)), 1)
-        moved = _moved(first, place / MOVED)
-        again = _like(checkpoint, place / PERTURBED, last=steps[-1], save_interval=math.gcd(*steps))
-        again = _with(again, checkpoint=dataclasses.replace(again.config.checkpoint, pretrained_checkpoint=str(moved)))
-        _trained(start, again, steps[-1])
+        moved = moved_weights(like(checkpoint, place / INITIAL, last=1), start)
+        again = like(checkpoint, place / PERTURBED, last=steps[-1], save_interval=math.gcd(*steps))
+        trained(start, begun_from(moved, again), steps[-1])
     return place / PERTURBED
 
 
-def _like(checkpoint: Path, directory: Path, *, last: int, save_interval: int) -> Resolved:
+def place_beside(own: Path) -> Path:
+    """Where everything is made that a comparison of the run in ``own`` needs."""
+    return own.with_name(f"{own.name}-layout-diff")
+
+
+def moved_weights(resolved: Resolved, start: Start) -> Path:
+    """A checkpoint of the weights with which a run begins, each moved by one unit in the last place.
+
+    Args:
+        resolved: the run, to be ended after its first step; the checkpoint is left beside its directory.
+    """
+    first = trained(start, with_sections(resolved, optimizer=_without_updates(resolved.config.optimizer)), 1)
+    return _moved(first, directory_of(resolved).with_name(MOVED))
+
+
+def begun_from(weights: Path, resolved: Resolved) -> Resolved:
+    """A run that begins from the weights of a checkpoint."""
+    checkpoint = dataclasses.replace(resolved.config.checkpoint, pretrained_checkpoint=str(weights))
+    return with_sections(resolved, checkpoint=checkpoint)
+
+
+def like(checkpoint: Path, directory: Path, *, last: int, save_interval: int = 1) -> Resolved:
     """The run of a checkpoint in another directory, on as many ranks, ended after step ``last``."""
     resolved = load(checkpoint / "config.yaml")
     config = resolved.config
-    return _with(
+    return with_sections(
         resolved,
         name=directory.name,
         log=dataclasses.replace(config.log, runs_dir=str(directory.parent)),
@@ -69,20 +89,21 @@ def _like(checkpoint: Path, directory: Path, *, last: int, save_interval: int) -
         checkpoint=dataclasses.replace(
             config.checkpoint, save_interval=save_interval, keep_last=None, save_retain_interval=None
         ),
-        replay=dataclasses.replace(config.replay, level="none"),
+        replay=dataclasses.replace(config.replay, level="none", op_steps=()),
     )
 
 
-def _without_updates(resolved: Resolved) -> Resolved:
+def _without_updates(optimizer: OptimizerConfig) -> OptimizerConfig:
     """The same with a learning rate of zero."""
-    return _with(resolved, optimizer=dataclasses.replace(resolved.config.optimizer, lr=0.0, min_lr=0.0))
+    return dataclasses.replace(optimizer, lr=0.0, min_lr=0.0)
 
 
-def _with(resolved: Resolved, **sections: object) -> Resolved:
+def with_sections(resolved: Resolved, **sections: object) -> Resolved:
+    """The same with other sections."""
     return Resolved(dataclasses.replace(resolved.config, **sections), resolved.provenance)  # type: ignore[arg-type]
 
 
-def _trained(start: Start, resolved: Resolved, last: int) -> Path:
+def trained(start: Start, resolved: Resolved, last: int) -> Path:
     """Run it; its checkpoint of step ``last``.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_slm.errors import UserError
 from megatron_slm.parallel.gradients import before_reduction
-from megatron_slm.replay import batches
+from megatron_slm.replay import batches, places
 from megatron_slm.replay.config import ReplayConfig
 from megatron_slm.replay.modules import Listener
 from megatron_slm.replay.operations import Operations
@@ -62,7 +62,7 @@ class Recorder(Hook):
                 self._folder,
                 self._rank,
                 state.step + 1,
-                inputs.micro_batches,
+                inputs,
                 newest=self._config.keep_batches,
             )
         self._note_batch(inputs)
@@ -72,7 +72,8 @@ class Recorder(Hook):
         self._recording.callback(self._listener.stop)
         self._recording.enter_context(before_reduction(state.chunks, self._note_local_gradients))
         if state.step + 1 in self._op_steps:
-            self._recording.enter_context(Operations(self._note_operation))
+            file = places.path_of(self._folder, state.step + 1, self._rank)
+            self._recording.enter_context(Operations(self._note_operation, file))
 
     def after_backward(self, state: TrainState, inputs: StepInput) -> None:
         """Listen no more."""
@@ -147,9 +148,11 @@ class Recorder(Hook):
     def _note_all(self, phase: Phase, named: Named) -> None:
         self._page.note(phase, 0, named.names, named.tensors)
 
-    def _note_operation(self, name: str, tensors: list[Tensor]) -> None:
-        if not self._page.busy:
-            self._page.note(Phase.OPERATION, 0, [f"{name}[{index}]" for index in range(len(tensors))], tensors)
+    def _note_operation(self, name: str, tensors: list[Tensor]) -> bool:
+        if self._page.busy:
+            return False
+        self._page.note(Phase.OPERATION, 0, [f"{name}[{index}]" for index in range(len(tensors))], tensors)
+        return True
 
 
 def _tensors(name: str, states: Any) -> Iterator[tuple[str, Tensor]]:

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.cause import Cause
 from megatron_slm.replay.diff import Divergence
+from megatron_slm.replay.places import Place
 from megatron_slm.replay.stream import Flag, Frame, Phase
 
 SHOWN = 8
 """Facts that are listed as evidence."""
 
 
-def divergence_text(found: Divergence, why: Cause, module: str | None = None) -> str:
-    """A paragraph: where, after what, and why; ``module`` where it is known better than by the tensor's name."""
+def divergence_text(found: Divergence, why: Cause, module: str | None = None, made_at: Sequence[str] = ()) -> str:
+    """A paragraph: where, after what, and why.
+
+    Args:
+        module: where it is known better than by the tensor's name.
+        made_at: lines that say where in the source the tensor was made.
+    """
     when = f"the start behind step {found.step}" if found.start else f"step {found.step}"
-    micro_batch = f", micro-batch {found.key.micro_batch}" if found.key.phase in _BY_MICRO_BATCH else ""
+    micro_batch = f", micro-batch {found.key.micro_batch}" if found.key.phase in BY_MICRO_BATCH else ""
     also = f"; later in it also rank {', '.join(map(str, found.others))}" if found.others else ""
     lines = [
         f"first difference: {when}, rank {found.rank}{also}",
         f"  phase     {phase_name(found.key.phase)}{micro_batch}",
         f"  module    {module or found.module}",
         f"  tensor    {found.key.name}" + (f" (only in the {found.only_in} run)" if found.only_in else ""),
+        *(f"  {'' if number else 'made at':<9} {line}" for number, line in enumerate(made_at)),
         f"  inputs    {_inputs(found)}",
         f"  cause     {why.kind}: {why.why}",
     ]
@@ -73,10 +81,12 @@ def capsule_text(capsule: Capsule) -> str:
     return "\n".join(lines)
 
 
-def frame_text(frame: Frame, names: list[str]) -> str:
-    """Every record of a frame, a line each."""
+def frame_text(frame: Frame, names: list[str], made: Sequence[Place] = ()) -> str:
+    """Every record of a frame, a line each; ``made`` are the places of its operations."""
+    places = iter(made)
     flags = f" ({', '.join(str(flag.name).lower() for flag in Flag if flag in frame.flags)})" if frame.flags else ""
-    lines = [f"step {frame.step}{flags}"]
+    header = f"  {'phase':<16} {'mb':>4}  {'fingerprint or value':<34} tensor (mb: micro-batch)"
+    lines = [f"step {frame.step}{flags}", header]
     for record in frame.records:
         phase, name = Phase(int(record["phase"])), names[record["name"]] if len(names) else ""
         first, second = (int(lane) for lane in record["lanes"])
@@ -85,6 +95,8 @@ def frame_text(frame: Frame, names: list[str]) -> str:
             name = "(root)"
         elif phase is Phase.STEP:
             shown = _value(name, first, second)
+        elif phase is Phase.OPERATION and (place := next(places, None)) is not None:
+            name = f"{name:<48} {place}"
         lines.append(f"  {phase_name(phase):<16} {record['micro_batch']:>4}  {shown:<34} {name}")
     return "\n".join(lines)
 
@@ -94,12 +106,16 @@ def phase_name(phase: Phase) -> str:
     return phase.name.lower().replace("_", " ")
 
 
-_BY_MICRO_BATCH = (Phase.BATCH, Phase.OUTPUT, Phase.LOSS, Phase.OUTPUT_GRADIENT)
+BY_MICRO_BATCH = (Phase.BATCH, Phase.OUTPUT, Phase.LOSS, Phase.OUTPUT_GRADIENT)
 
 
 def _inputs(found: Divergence) -> str:
+    if found.start and not found.step:
+        return "none: nothing came before it, the state was built from the configuration and the seed"
+    if found.start:
+        return f"the checkpoint of step {found.step}: no step came between"
     if found.inputs_equal is None:
-        return "not known: what the step began with was not recorded by both"
+        return f"not known: what step {found.step - 1} has left was not recorded by both"
     return (
         f"equal: on this rank {found.index} records of the step before it, on every rank what came before, and the "
         f"state after step {found.step - 1}"

@@ -44,7 +44,7 @@ def recorded(
         op_step: the step whose every operation is recorded; else what the run itself records, ``layer`` at least.
     """
     config = resolved.config
-    replay = dataclasses.replace(config.replay, every=1, keep_steps=None)
+    replay = dataclasses.replace(config.replay, every=1, keep_steps=None, sdc_every=None, on_fault="stop")
     if op_step is not None:
         replay = dataclasses.replace(replay, level="op", op_steps=(str(op_step),))
     elif replay.level != "op":

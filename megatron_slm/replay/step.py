@@ -17,6 +17,7 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.replay.capsule import FOLDER, Capsule
 from megatron_slm.replay.cause import Circumstance, cause, circumstances
 from megatron_slm.replay.diff import Divergence
+from megatron_slm.replay.kept import with_inputs
 from megatron_slm.replay.report import SHOWN, divergence_text
 from megatron_slm.replay.rerun import Start, anew, begin_from, first_difference, recorded, run
 from megatron_slm.replay.stream import Flag
@@ -39,6 +40,7 @@ class ReplayedStep:
     step: int
     start: int
     divergence: Divergence | None
+    inputs: str = "from the corpora"
 
     @property
     def equal(self) -> bool:
@@ -52,7 +54,7 @@ class ReplayedStep:
 
     def render(self) -> str:
         """The verdict in words."""
-        made = f"step {self.step} replayed from step {self.start} in {self.replayed.folder.parent}"
+        made = f"step {self.step} replayed from step {self.start} {self.inputs} in {self.replayed.folder.parent}"
         if self.divergence is not None:
             why = cause(self.recording, self.replayed, self.divergence)
             return f"NOT EQUAL: {made}\n{divergence_text(self.divergence, why)}"
@@ -62,7 +64,7 @@ class ReplayedStep:
 
 
 def replay_step(
-    recording: Capsule, step: int, start: Start, *, capture: str | None = None, attempt: int = 1
+    recording: Capsule, step: int, start: Start, *, capture: str | None = None, attempt: int = 1, kept: bool = False
 ) -> ReplayedStep:
     """Make a recorded step again, and compare every step from the checkpoint to it with the recording.
 
@@ -70,28 +72,32 @@ def replay_step(
         start: trains one configuration on as many ranks as it says.
         capture: ``op`` to record every operation of that step.
         attempt: 2 for a second replay beside the first.
+        kept: read the kept batches even where the corpora are there.
 
     Raises:
         ConfigError: the step was not recorded.
-        ReplayError: the run could not be made again.
+        ReplayError: the run could not be made again; names what is missing.
     """
     require_recorded(recording, step)
     own = run_directory(recording)
     place = own.with_name(f"{own.name}-replay")
     directory = place / (f"step-{step:07d}" if attempt == 1 else f"step-{step:07d}-{attempt}")
     before = begins_from(recording, step)
+    steps = range(before + 1, step + 1)
     with locked(RunDirectory(place)):
         place.mkdir(parents=True, exist_ok=True)
         anew(directory)
-        resolved = configuration(recording, step, directory.with_suffix(".json"))
+        resolved, inputs = with_inputs(
+            configuration(recording, step, directory.with_suffix(".json")), recording, steps, kept=kept
+        )
         if before:
             begin_from(own, before, directory)
         else:
             directory.rmdir()  # a run makes its own
         op_step = step if capture == OPERATIONS else None
         again = recorded(resolved, directory, last=step, op_step=op_step)
-        replayed = run(start, again, range(before + 1, step + 1))
-    return ReplayedStep(recording, replayed, step, before, first_difference(recording, replayed, before))
+        replayed = run(start, again, steps)
+    return ReplayedStep(recording, replayed, step, before, first_difference(recording, replayed, before), inputs)
 
 
 def begins_from(recording: Capsule, step: int) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_slm.data.loader import TrainLoader
+from megatron_slm.data.cursor import Cursor
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.model.ending import TokenSums
 from megatron_slm.parallel import context
@@ -23,13 +24,26 @@ from megatron_slm.train.step import StepInput, StepPlan, TrainState
 ON_HOST = ("document_ids",)  # parallel/attention.py reads the documents' boundaries before it launches kernels
 
 
+class Loader(Protocol):
+    """What reads the samples of this data-parallel rank."""
+
+    def micro_batches(self, cursor: Cursor, global_batch_size: int) -> Iterator[Batch]:
+        """This rank's micro-batches [B, S] of the step that begins at ``cursor``."""
+
+
 def step_inputs(
-    loader: TrainLoader, state: TrainState, batch_size: Callable[[int], int], plan: StepPlan
+    loader: Loader,
+    state: TrainState,
+    batch_size: Callable[[int], int],
+    plan: StepPlan,
+    *,
+    complete: Callable[[list[Batch], Cursor], None] | None = None,
 ) -> Iterator[StepInput]:
     """Endless global batches, each from where the state's cursor then stands: a roll-back moves it.
 
     Args:
         batch_size: samples of the global batch that begins after so many samples.
+        complete: adds fields to the micro-batches of the step that begins at a cursor, still whole and on the host.
 
     Returns:
         This rank's micro-batches and the cursor after them.
@@ -38,6 +52,10 @@ def step_inputs(
         cursor = state.cursor
         size = batch_size(cursor.consumed_samples)
         batches = loader.micro_batches(cursor, size)
+        if complete is not None:
+            whole = list(batches)
+            complete(whole, cursor)
+            batches = iter(whole)
         yield StepInput([local_batch(batch, plan) for batch in batches], cursor.advance(size))
 
 

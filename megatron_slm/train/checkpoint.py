@@ -7,7 +7,7 @@ A checkpoint directory holds core's payload (``*.distcp``, ``.metadata``, ``comm
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_slm.errors import CheckpointError, SaveError
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train import payload_write, publish
 from megatron_slm.train.ema import ema_request
-from megatron_slm.train.hook import Part
+from megatron_slm.train.hook import OfRank, Part
 from megatron_slm.train.optimizer_shards import load_optimizer_state, optimizer_request, optimizer_shards
 from megatron_slm.train.payload import first_failure, read_payload
 from megatron_slm.train.payload_index import read_index
@@ -30,6 +30,8 @@ from megatron_slm.train.payload_write import StagedPayload, on_first_rank
 from megatron_slm.train.retention import Retention
 from megatron_slm.train.saved_state import STATE_FILE, SavedState, read_state
 from megatron_slm.train.step import TrainState
+
+HEAD = "value_head.weight"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def stage(saved: SavedState, state: TrainState, *, copy: bool) -> Staged:
         saved: what is not tensors.
         copy: of every tensor, so that training may go on before ``write``.
     """
-    models = _models(state.chunks)
+    models = sharded_models(state.chunks)
     payload = {
         **models,
         "optimizer": optimizer_shards(state.optimizer, state.chunks, models),
@@ -129,8 +131,12 @@ def load(path: Path, state: TrainState, *, layout: dict[str, int]) -> tuple[Save
             "run"
         )
     same_layout = saved.layout == layout and not saved.resharded_from
-    stored = {name: part for name, part in state.parts.items() if name in saved.parts}
-    models = _models(state.chunks)
+    stored = {
+        name: part
+        for name, part in state.parts.items()
+        if name in saved.parts and (same_layout or not isinstance(part, OfRank))
+    }
+    models = sharded_models(state.chunks)
     index = read_index(path)
     request = {
         **models,
@@ -156,6 +162,9 @@ def load_weights(
 ) -> None:
     """Read the weights alone, of any layout; an optimizer's master copies follow them. Collective.
 
+    A head that the checkpoint does not have (``value_head``: a reward model or critic that begins with the weights of a
+    language model) stays as it is.
+
     Args:
         ema: read their averages instead.
 
@@ -168,10 +177,19 @@ def load_weights(
             f"{path} holds no averaged weights: its run did not have train.ema_decay. Leave --ema out, or name a "
             "checkpoint that has them"
         )
-    request = _models(chunks)
-    _load_chunks(read_payload(ema_request(request) if ema else request, path), chunks)
+    request = sharded_models(chunks)
+    stored = read_index(path).tensors
+    own = [{key: entries.pop(key) for key in [*entries] if _new_head(key, stored)} for entries in request.values()]
+    loaded = read_payload(ema_request(request) if ema else request, path)
+    for entries, kept in zip(loaded.values(), own, strict=False):
+        entries.update({key: entry.data for key, entry in kept.items()})
+    _load_chunks(loaded, chunks)
     if optimizer is not None:
         optimizer.reload_model_params()
+
+
+def _new_head(key: str, stored: Collection[str]) -> bool:
+    return key.endswith(HEAD) and not any(name.endswith(HEAD) for name in stored)
 
 
 def _content() -> dict[str, Any]:
@@ -183,7 +201,7 @@ def _content() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _models(chunks: list[nn.Module]) -> dict[str, Any]:
+def sharded_models(chunks: list[nn.Module]) -> dict[str, Any]:
     """Sharded state of every chunk. Keys inside are global names, so chunks of another layout find theirs."""
     names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
     return {

@@ -57,7 +57,14 @@ class Console:
         self._log.close()
 
 
-def iteration_line(results: Sequence[StepResult], *, train_iters: int, tflops_per_second: float, now: datetime) -> str:
+def iteration_line(
+    results: Sequence[StepResult],
+    *,
+    train_iters: int,
+    tflops_per_second: float,
+    now: datetime,
+    loss_name: str = "lm loss",
+) -> str:
     """Megatron's line for the steps since the last one, oldest first.
 
     Loss and time are means over these steps, as there; norm, learning rate and batch size are the last step's. The
@@ -84,16 +91,18 @@ def iteration_line(results: Sequence[StepResult], *, train_iters: int, tflops_pe
     line += f" learning rate: {last.learning_rate:.6E} |"
     line += f" global batch size: {last.batch_size:5d} |"
     if finite:
-        line += f" lm loss: {sum(finite) / len(finite):.6E} |"
+        line += f" {loss_name}: {sum(finite) / len(finite):.6E} |"
     line += f" loss scale: {1.0:.1f} | grad norm: {last.grad_norm:.3f} |"
     line += f" number of skipped iterations: {len(results) - len(applied):3d} |"
     nan = sum(not math.isfinite(result.loss) for result in results)
     return line + f" number of nan iterations: {nan:3d} |"
 
 
-def validation_lines(loss: float, *, where: str) -> list[str]:
+def validation_lines(loss: float, *, where: str, loss_name: str = "lm loss") -> list[str]:
     """Megatron's framed lines for a validation; ``where`` is for example ``iteration 100``."""
-    line = f" validation loss at {where} | lm loss value: {loss:.6E} | lm loss PPL: {capped_perplexity(loss):.6E} | "
+    line = f" validation loss at {where} | {loss_name} value: {loss:.6E} | "
+    if loss_name == "lm loss":
+        line += f"{loss_name} PPL: {capped_perplexity(loss):.6E} | "
     frame = "-" * (len(line) + 1)
     return [frame, line, frame]
 

@@ -33,9 +33,9 @@ class StepResult:
     consumed_tokens: int
     """Tokens read since step 0, masked ones included: samples x seq_length."""
     loss: float
-    """Mean cross-entropy in nats over ``num_tokens``, on every rank."""
+    """Mean of the stage's loss over ``num_tokens``, on every rank; of pretraining the cross-entropy in nats."""
     num_tokens: int
-    """Tokens of this step that count in the loss."""
+    """What the loss of this step is the mean over: tokens, or of some stages pairs or sequences."""
     grad_norm: float
     """Global L2 norm before clipping."""
     learning_rate: float
@@ -50,7 +50,7 @@ class StepResult:
     skipped_samples: int = 0
     """Samples passed over by roll-backs since step 0; they count in ``consumed_samples``."""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """Means over ``num_tokens`` of what the stage's loss logs beside "lm loss"."""
+    """Means of what the stage logs beside its loss."""
 
 
 class Part(Protocol):
@@ -65,6 +65,10 @@ class Part(Protocol):
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Take over what ``sharded_state`` has asked for."""
+
+
+class OfRank:
+    """Marks a part whose tensors belong to the ranks of one layout: under another it is not loaded."""
 
 
 class Hook:
@@ -84,6 +88,17 @@ class Hook:
 
     def after_backward(self, state: Any, inputs: Any) -> None:
         """When forward and backward are over and the gradients reduced, before anybody has judged them."""
+
+    def checked(self, state: Any, inputs: Any, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """After every hook's ``after_backward``: may make forward and backward again, and raise a ``UserError``.
+
+        Args:
+            logged: what the loss has logged, where it is known.
+
+        Returns:
+            The same, or that of the pass whose gradients are left in the buffers.
+        """
+        return logged
 
     def before_update(self, state: Any, inputs: Any) -> None:
         """When the gradients are accepted: reduced, not clipped, in the optimizer's own tensors."""

@@ -12,6 +12,9 @@ from typing import Any
 from megatron_slm.train.hook import StepResult
 from megatron_slm.train.peak_flops import peak_flops
 
+LM_LOSS = "lm loss"
+"""Megatron's name of the cross-entropy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
@@ -42,22 +45,27 @@ class Throughput:
         return self.tflops_per_second(tokens, seconds) * 1e12 / self.peak_flops_per_rank
 
 
-def step_record(result: StepResult, *, seq_length: int, throughput: Throughput, memory_bytes: int) -> dict[str, Any]:
+def step_record(
+    result: StepResult, *, seq_length: int, throughput: Throughput, memory_bytes: int, loss_name: str = LM_LOSS
+) -> dict[str, Any]:
     """One object of ``metrics.jsonl``. A number that is not finite is null; ``lm_loss_bits`` still tells which.
+
+    Stages that minimise something else have ``loss`` and ``loss_bits``; ``loss_tokens`` is what their loss is the mean
+    over: tokens, pairs or sequences.
 
     Keys with a unit bear it as suffix. ``tokens`` are all of this step, ``loss_tokens`` those that count in the loss.
     Rates are over ``step_ms``, so without the pause before the step (``checkpoint_ms``: saving, validating, logging).
     ``tflops_per_second``, ``mfu`` and ``memory_bytes`` are those of the rank that writes.
     """
-    tokens, times = result.batch_size * seq_length, result.times
+    tokens, times, loss_key = result.batch_size * seq_length, result.times, loss_name.replace(" ", "_")
     return {
         "step": result.step,
         "consumed_samples": result.consumed_samples,
         "consumed_tokens": result.consumed_tokens,
         "tokens": tokens,
         "loss_tokens": result.num_tokens,
-        "lm_loss": finite(result.loss),
-        "lm_loss_bits": float(result.loss).hex(),
+        loss_key: finite(result.loss),
+        f"{loss_key}_bits": float(result.loss).hex(),
         "grad_norm": finite(result.grad_norm),
         "learning_rate": result.learning_rate,
         "batch_size": result.batch_size,

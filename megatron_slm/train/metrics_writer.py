@@ -22,7 +22,7 @@ from megatron_slm.train.console import (
 )
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.memory_use import MemoryUse
-from megatron_slm.train.metrics import Throughput, finite, read_records, step_record, truncate_records
+from megatron_slm.train.metrics import LM_LOSS, Throughput, finite, read_records, step_record, truncate_records
 from megatron_slm.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class MetricsWriter(Hook):
         seq_length: int,
         throughput: Throughput,
         memory: Callable[[], MemoryUse],
+        loss_name: str = LM_LOSS,
     ) -> None:
         """Open the files of the run for appending.
 
@@ -85,7 +86,9 @@ class MetricsWriter(Hook):
             seq_length: tokens of one sample.
             throughput: rates of this job.
             memory: see :func:`megatron_slm.train.memory_use.memory_source`.
+            loss_name: of the stage's loss.
         """
+        self._loss_name = loss_name
         self._run, self._step, self._train_iters = RunDirectory(directory), step, train_iters
         self._interval, self._seq_length = log.log_interval, seq_length
         self._throughput, self._memory = throughput, memory
@@ -114,14 +117,18 @@ class MetricsWriter(Hook):
 
     def beside_step(self, values: dict[str, Any]) -> None:
         """Values that belong to the next step's record; its numbers are also printed, and go to TensorBoard."""
-        self._beside = values
+        self._beside |= values
 
     @_on_disk
     def after_step(self, state: Any, result: StepResult) -> None:
         """Record the step; at the interval and at the target also print Megatron's line and write TensorBoard."""
         memory = self._memory()
         record = step_record(
-            result, seq_length=self._seq_length, throughput=self._throughput, memory_bytes=memory.peak_bytes
+            result,
+            seq_length=self._seq_length,
+            throughput=self._throughput,
+            memory_bytes=memory.peak_bytes,
+            loss_name=self._loss_name,
         )
         if state is not None and len(state.cursor.order.sources) > 1:
             record["consumed_by_source"] = state.cursor.consumed_by_source
@@ -144,8 +151,9 @@ class MetricsWriter(Hook):
         by_source: Mapping[str, float] | None = None,
         averaged: float | None = None,
         shares: Mapping[str, float] | None = None,
+        others: Mapping[str, float] | None = None,
     ) -> None:
-        """Report a mean held-out loss in nats over ``tokens`` tokens, taken after ``step`` updates.
+        """Report a mean held-out loss over ``tokens`` tokens, taken after ``step`` updates.
 
         It goes to ``validation.jsonl``, whose records look like those of ``metrics.jsonl``.
 
@@ -153,21 +161,25 @@ class MetricsWriter(Hook):
             by_source: the loss of each source of a mixture.
             averaged: the loss of the averaged weights.
             shares: of each source of a mixture from here on, where they follow the losses.
+            others: what the stage's loss logs beside it, of the same samples.
         """
-        parts = {f"lm loss validation/{name}": part for name, part in (by_source or {}).items()}
+        name_of_loss, key = self._loss_name, self._loss_name.replace(" ", "_")
+        parts = {f"{name_of_loss} validation/{name}": part for name, part in (by_source or {}).items()}
         if averaged is not None:
-            parts["lm loss validation ema"] = averaged
+            parts[f"{name_of_loss} validation ema"] = averaged
+        parts |= {f"{name} validation": value for name, value in (others or {}).items()}
         record: dict[str, Any] = {
             "step": step,
             "consumed_samples": consumed_samples,
-            "lm_loss": finite(loss),
-            "lm_loss_bits": float(loss).hex(),
+            key: finite(loss),
+            f"{key}_bits": float(loss).hex(),
             "loss_tokens": tokens,
+            **{name: finite(value) for name, value in (others or {}).items()},
         }
         if by_source:
-            record["lm_loss_by_source"] = {name: finite(part) for name, part in by_source.items()}
+            record[f"{key}_by_source"] = {name: finite(part) for name, part in by_source.items()}
         if averaged is not None:
-            record["lm_loss_ema"] = finite(averaged)
+            record[f"{key}_ema"] = finite(averaged)
         if shares is not None:
             record["shares"] = dict(shares)
         # A run that is started again may validate the same step again: one record of it is kept.
@@ -175,12 +187,13 @@ class MetricsWriter(Hook):
         if known:
             truncate_records(self._run.validation, step - 1)
         _write(self._validations, record)
-        for line in validation_lines(loss, where=f"iteration {step}"):
+        for line in validation_lines(loss, where=f"iteration {step}", loss_name=name_of_loss):
             self.say(line)
         if parts:
             self.say(" " + " | ".join(f"{name}: {part:.6E}" for name, part in parts.items()))
         if self._tensorboard is not None and not known:
-            scalars = {"lm loss validation": loss, "lm loss validation ppl": capped_perplexity(loss), **parts}
+            perplexity = {"lm loss validation ppl": capped_perplexity(loss)} if name_of_loss == LM_LOSS else {}
+            scalars = {f"{name_of_loss} validation": loss, **perplexity, **parts}
             self._tensorboard.write(scalars, step=step, consumed_samples=consumed_samples)
 
     @_on_disk
@@ -247,8 +260,18 @@ class MetricsWriter(Hook):
         tokens = self._seq_length * sum(result.batch_size for result in results)
         tflops = self._throughput.tflops_per_second(tokens, seconds)
         now = datetime.now()
-        self.say(iteration_line(results, train_iters=self._train_iters, tflops_per_second=tflops, now=now))
+        self.say(
+            iteration_line(
+                results,
+                train_iters=self._train_iters,
+                tflops_per_second=tflops,
+                now=now,
+                loss_name=self._loss_name,
+            )
+        )
         beside = {name.replace("_", " "): value for name, value in self._beside.items() if isinstance(value, float)}
+        if self._loss_name != LM_LOSS:
+            beside = {**last.extra, **beside}
         if beside:
             self.say(" " + " | ".join(f"{name}: {value:.6E}" for name, value in beside.items()))
         if self._tensorboard is None:
@@ -259,7 +282,7 @@ class MetricsWriter(Hook):
             "batch-size": last.batch_size,
             "loss-scale": 1.0,
             "grad-norm": last.grad_norm,
-            "lm loss": last.loss,
+            self._loss_name: last.loss,
             **last.extra,
             "iteration-time": seconds / len(results),
             "throughput": tflops,

@@ -23,10 +23,9 @@ from megatron_slm.parallel.groups import is_last_pipeline_rank
 from megatron_slm.parallel.pipeline import Batch, LossFunction, run_schedule
 from megatron_slm.train.guard import Guard, Verdict
 from megatron_slm.train.hook import Hook, Part, StepResult, StepTimes
+from megatron_slm.train.metrics import LM_LOSS
 from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
 from megatron_slm.train.random_state import RandomState
-
-LOSS = "lm loss"
 
 
 class StepInput(NamedTuple):
@@ -61,7 +60,7 @@ class StepPlan:
         peak_learning_rate: the configured rate that parameter groups keep their ratio to.
         groups: process groups.
         device: this rank's.
-        logged: what ``loss`` logs, "lm loss" first.
+        logged: what ``loss`` logs, the loss itself first.
     """
 
     loss: LossFunction
@@ -70,7 +69,7 @@ class StepPlan:
     seq_length: int
     groups: Any
     device: torch.device
-    logged: tuple[str, ...] = (LOSS,)
+    logged: tuple[str, ...] = (LM_LOSS,)
 
 
 class Outcome(NamedTuple):
@@ -123,7 +122,7 @@ def train_step(
     norm = gradient_norm(state.optimizer)
     troubled = any(hook.in_trouble() for hook in hooks)
     agreed = agree(logged, plan, suspected=guard.suspects(norm), stop=wants_stop, trouble=troubled)
-    loss = agreed.means[LOSS]
+    loss = agreed.means[plan.logged[0]]
     verdict = guard.judge(loss, norm, suspected=agreed.suspected)
     learning_rate = plan.learning_rate(state.step)
     begun_at = state.cursor.consumed_samples
@@ -151,7 +150,7 @@ def train_step(
         skipped=not verdict.applies,
         sample_digest=inputs.cursor.rolling_digest,
         skipped_samples=inputs.cursor.skipped_samples,
-        extra={name: mean for name, mean in agreed.means.items() if name != LOSS},
+        extra={name: mean for name, mean in agreed.means.items() if name != plan.logged[0]},
     )
     return Outcome(result, verdict, inputs, random, agreed.stop, agreed.trouble)
 
@@ -163,6 +162,8 @@ def _compute(state: TrainState, plan: StepPlan, inputs: StepInput, hooks: Sequen
     logged = forward_backward(state, plan, inputs)
     for hook in hooks:
         hook.after_backward(state, inputs)
+    for hook in hooks:
+        logged = hook.checked(state, inputs, logged)
     device_seam.synchronize(plan.device.type)
     return logged
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_slm.replay.shards import Shard, assembled
 from megatron_slm.verify import updates
 from megatron_slm.verify.job import MOMENTS, Outcome, StepNumbers, Tensors
 from megatron_slm.verify.report import Claim
-from megatron_slm.verify.shards import Shard, assembled
 from megatron_slm.verify.tolerance import Unit, by_kind, kind
 
 GRADIENTS, NORM = "gradients of step 1", "gradient norm of step 1"

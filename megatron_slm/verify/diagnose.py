@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_slm.verify.compare import GRADIENTS, NORM, Reference
-from megatron_slm.verify.job import Outcome
+from megatron_slm.replay.watch import BACKWARD, FORWARD, Place, Watched
+from megatron_slm.verify.compare import GRADIENTS, NORM
 from megatron_slm.verify.report import Claim
 from megatron_slm.verify.slices import held, three_axes
-from megatron_slm.verify.tolerance import Unit, by_kind, kind
-from megatron_slm.verify.watch import BACKWARD, FORWARD, Place, Watched
+from megatron_slm.verify.tolerance import Unit, kind
 
 Key = tuple[str, str]
 """A module's name and a direction."""
@@ -25,33 +24,46 @@ LATENTS = ("linear_q_down_proj", "linear_kv_down_proj", "q_layernorm", "kv_layer
 GRADIENT, LOSS, UPDATE, RESUME = "gradient", "loss", "update", "resume"
 
 
+class Seen(Protocol):
+    """A rank, and what its modules put out in one step."""
+
+    place: Place
+    watched: list[Watched]
+
+
 class Finding(NamedTuple):
-    """Where a run first differs, and in what: a direction of ``watch.py`` or one of the words above."""
+    """Where a run first differs, and in what: a direction of ``replay/watch.py`` or one of the words above."""
 
     module: str
     direction: str
 
 
 def first_difference(
-    rows: Sequence[Claim], reference: Reference, found: list[Outcome], precision: str, *, gated: bool
+    rows: Sequence[Claim],
+    plain: Seen,
+    perturbed: Sequence[Seen],
+    found: Sequence[Seen],
+    precision: str,
+    *,
+    gated: bool,
 ) -> Finding | None:
     """Where a job with failed claims first differs.
 
     Args:
         rows: the claims of the run.
-        reference, found: of the jobs with watched modules; empty where there were none.
+        plain, perturbed, found: with watched modules; one rank, the same under rounding errors, the job's ranks.
         gated: the MLP has a gate (its first matrix holds two halves).
     """
-    order = execution_order(reference.plain.watched)
+    order = execution_order(plain.watched)
     failing = {row.name: row for row in rows if not row.equal}
     if row := failing.get("initial weights"):
-        return Finding(_first_parameter(row, order, "every weight"), "initial weights")
-    wrong = different_modules(reference, found, precision, gated=gated)
+        return Finding(first_parameter(row, order, "every weight"), "initial weights")
+    wrong = different_modules(plain, perturbed, found, precision, gated=gated)
     if module := next((name for name in order if (name, FORWARD) in wrong), None):
         return Finding(module, FORWARD)
     if any(name.endswith("of step 1") and name not in (GRADIENTS, NORM) for name in failing):
         return Finding("loss", LOSS)
-    backward = list(dict.fromkeys(one.name for one in reference.plain.watched if one.direction == BACKWARD))
+    backward = list(dict.fromkeys(one.name for one in plain.watched if one.direction == BACKWARD))
     first = next((index for index, name in enumerate(backward) if (name, BACKWARD) in wrong), None)
     if first is not None:
         # The gradient of an output is made by who takes it in: the module whose own output's gradient came before.
@@ -62,12 +74,12 @@ def first_difference(
 def _beside_modules(rows: Sequence[Claim], failing: dict[str, Claim], order: list[str]) -> Finding | None:
     """What differs where every output and its gradient is right."""
     if row := failing.get(GRADIENTS):
-        return Finding(_first_parameter(row, order[::-1], "reduction of the gradients"), GRADIENT)
+        return Finding(first_parameter(row, order[::-1], "reduction of the gradients"), GRADIENT)
     if NORM in failing:
         return Finding("gradient norm", GRADIENT)
     for name, row in failing.items():
         if name.endswith("after step 1"):
-            return Finding(_first_parameter(row, order, "optimizer"), UPDATE)
+            return Finding(first_parameter(row, order, "optimizer"), UPDATE)
     for row in rows:
         if not row.equal:
             resume = "checkpoint" in row.name
@@ -75,19 +87,21 @@ def _beside_modules(rows: Sequence[Claim], failing: dict[str, Claim], order: lis
     return None
 
 
-def different_modules(reference: Reference, found: list[Outcome], precision: str, *, gated: bool) -> set[Key]:
+def different_modules(
+    plain: Seen, perturbed: Sequence[Seen], found: Sequence[Seen], precision: str, *, gated: bool
+) -> set[Key]:
     """Modules whose output (or gradient) on some rank is not its part of the one-rank output."""
-    whole = Whole.of(reference.plain)
-    noise: list[dict[str, float]] = [
-        {f"{name} {direction}": error for (name, direction), error in errors_of(whole, [one], gated=gated).items()}
-        for one in reference.perturbed
-    ]
-    kinds, unit = by_kind(noise), Unit(precision)
-    return {
-        key
-        for key, error in errors_of(whole, found, gated=gated).items()
-        if not error <= unit.tolerance(kinds.get(kind(f"{key[0]} {key[1]}"), 0.0))
-    }
+    whole, unit = Whole.of(plain), Unit(precision)
+    noise = [errors_of(whole, [one], gated=gated) for one in perturbed]
+    worst: dict[str, float] = {}
+    tolerance: dict[Key, float] = {}
+    for key in whole.values:
+        # Of the modules of a kind that were executed so far: behind a router that has chosen otherwise all is noise.
+        of_kind = kind(f"{key[0]} {key[1]}")
+        worst[of_kind] = max(worst.get(of_kind, 0.0), *(one.get(key, 0.0) for one in noise))
+        tolerance[key] = unit.tolerance(worst[of_kind])
+    errors = errors_of(whole, found, gated=gated)
+    return {key for key, error in errors.items() if not error <= tolerance.get(key, 0.0)}
 
 
 class Whole(NamedTuple):
@@ -97,7 +111,7 @@ class Whole(NamedTuple):
     batch: int
 
     @staticmethod
-    def of(plain: Outcome) -> Whole:
+    def of(plain: Seen) -> Whole:
         """The tensors of a one-rank job."""
         batch = next((one.values.shape[1] for one in plain.watched if one.values.dim() == 3), 1)
         values: dict[Key, list[Tensor]] = {}
@@ -106,7 +120,7 @@ class Whole(NamedTuple):
         return Whole(values, batch)
 
 
-def errors_of(whole: Whole, found: Iterable[Outcome], *, gated: bool) -> dict[Key, float]:
+def errors_of(whole: Whole, found: Iterable[Seen], *, gated: bool) -> dict[Key, float]:
     """Largest error over the ranks of every module and direction that can be compared, relative."""
     errors: dict[Key, float] = {}
     sums: dict[tuple[Key, int], list[tuple[Place, Watched]]] = {}
@@ -136,7 +150,9 @@ def execution_order(watched: Iterable[Watched]) -> list[str]:
 
 def _is_sum(seen: Watched) -> bool:
     """The output layer ends in sums over the tokens of a cp rank."""
-    return seen.values.dim() == 1 or (seen.name == "output_layer" and seen.direction == FORWARD)
+    return seen.values.dim() == 1 or (
+        seen.name.rpartition("mtp.")[2].startswith("output_layer") and seen.direction == FORWARD
+    )
 
 
 def _pair(
@@ -163,7 +179,7 @@ def _error_of_sum(expected: Tensor, parts: list[tuple[Place, Watched]], directio
     return max(float((total - expected.double()).norm()) / scale for total in totals.values())
 
 
-def _first_parameter(row: Claim, order: list[str], everything: str) -> str:
+def first_parameter(row: Claim, order: list[str], everything: str) -> str:
     """The module of the failing parameter that comes first in ``order``; ``everything`` where all of them fail."""
     if row.all_fail and len(row.failing) > 1:
         return everything

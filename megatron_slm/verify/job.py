@@ -21,6 +21,8 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.pipeline import Batch
+from megatron_slm.replay.shards import Shard, gradient_shards, local_shards, master_shards
+from megatron_slm.replay.watch import Place, Watch, Watched
 from megatron_slm.stages import pretrain
 from megatron_slm.train import checkpoint
 from megatron_slm.train.guard import Guard
@@ -29,8 +31,6 @@ from megatron_slm.train.saved_state import SavedState, layout_record
 from megatron_slm.train.step import StepInput, StepPlan, TrainState, train_step
 from megatron_slm.verify import setting
 from megatron_slm.verify.batches import micro_batches, start_cursor
-from megatron_slm.verify.shards import Shard, gradient_shards, local_shards, master_shards
-from megatron_slm.verify.watch import Place, Watch, Watched
 
 STEPS = 2
 FALLBACK_RATE = 1e-3

@@ -70,7 +70,8 @@ def diagnosed(
 ) -> diagnose.Finding | None:
     """Where a job with failed claims first differs; both jobs were watched."""
     torch.set_num_threads(1)
-    return diagnose.first_difference(rows, read_reference(reference), read(found), precision, gated=gated)
+    plain, perturbed = read_reference(reference)
+    return diagnose.first_difference(rows, plain, perturbed, read(found), precision, gated=gated)
 
 
 def read_reference(directory: Path) -> compare.Reference:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.parallel.context import cut
-from megatron_slm.verify.watch import Place
+from megatron_slm.replay.watch import Place
 
 
 def held(whole: Tensor, shape: torch.Size, place: Place, *, gated: bool) -> Tensor | None:

@@ -56,6 +56,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, pairs: int
     from megatron_slm.parallel.layout import Layout
     from megatron_slm.replay.config import ReplayConfig
     from megatron_slm.replay.recorder import Recorder
+    from megatron_slm.stages import pretrain
     from megatron_slm.train.guard import Guard
     from megatron_slm.train.loop import run_loop
     from megatron_slm.train.run_directory import RunDirectory
@@ -73,7 +74,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, pairs: int
         state, _ = run.build_state(config, data, groups, device, VOCAB)
         plan = run.step_plan(config, groups, device)
         loader = run.train_loader(config, data, groups)
-        inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan)
+        inputs = pretrain.step_inputs(loader, state, run.batch_sizes(config), plan)
         record = RunDirectory(directory / "overhead")
         interventions = run.build_interventions(resolved, data, loader, layout, record, None)
         guard = Guard(config.train)

@@ -253,10 +253,10 @@ def test_averages_begin_with_the_weights_that_were_loaded(tmp_path: Path, data: 
 
 def said(run: Path, ema: bool) -> str:
     """What ``mslm generate`` says, in the process of a rank that has left its world."""
-    from megatron_slm.run_generate import generate
+    from megatron_slm.run_generate import Manner, generate
 
     dist.destroy_process_group()
-    return "".join(generate(run, "def ", max_new_tokens=8, temperature=0.8, top_k=50, seed=3, ema=ema))
+    return "".join(generate(run, "def ", Manner(max_new_tokens=8, seed=3, ema=ema)))
 
 
 def test_generate_takes_the_averages(tmp_path: Path, data: Path) -> None:

@@ -34,12 +34,12 @@ def differing(overrides: list[str]) -> tuple[int, set[str]]:
     """Moments that core would store otherwise than they are: how many were compared, and the names that differ."""
     from megatron_slm import run
     from megatron_slm.config.load import load
-    from megatron_slm.train.checkpoint import _models
+    from megatron_slm.train.checkpoint import sharded_models
     from megatron_slm.train.optimizer_shards import optimizer_shards
 
     with run.assembled(load(None, overrides), runs.rank_environment(), fresh=False) as parts:
         state = parts.state
-        models = _models(state.chunks)
+        models = sharded_models(state.chunks)
         ours = leaves(optimizer_shards(state.optimizer, state.chunks, models))
         known = {(s.key, s.global_offset): s.data for s in ours if not s.data.is_meta}
         core = leaves(core_shards(state.optimizer, state.chunks, models))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from megatron_slm.replay.step import ReplayedStep, replay_step
 from megatron_slm.replay.stream import Phase
 from tests import runs
 
+ROOT = Path(__file__).resolve().parents[2]
 LIGHT = (
     "replay.level=light",
     "parallel.world_size=2",
@@ -73,7 +78,8 @@ def test_a_difference_that_comes_back_is_an_operation_of_a_module(tmp_path: Path
     assert (found.divergence.step, found.divergence.rank) == (1, 0), "the recordings alone name the last stage's loss"
     assert found.divergence.key.phase is Phase.OPERATION and found.divergence.tensor.startswith("aten.")
     assert found.module == "on the way to the output of decoder.layers.0.self_attention", "the norm in front of it"
-    print(found.render())
+    assert len(found.made_at) == 2 and found.made_at[0].startswith("parallel/norm.py:"), "one line, with two epsilons"
+    assert "rms_norm" in found.made_at[1] and found.made_at[0] in found.render()
     assert found.cause is not None and found.cause.kind == "configuration"
     assert "config.model.layernorm_epsilon" in found.render()
     assert len(found.descent) == 2 and "loss" in found.descent[0] and found.descent[1].endswith(found.module)
@@ -86,6 +92,36 @@ def test_a_difference_that_does_not_come_back_is_in_one_recording(tmp_path: Path
     assert found.divergence is not None and found.cause is not None and found.divergence.step == 2
     assert found.cause.kind == "silent corruption" and str(struck) in found.cause.why
     assert len(found.descent) == 3 and f"{struck / 'replay'} is not repeated" in found.descent[2]
+
+
+def test_two_programs_each_make_their_own_run_again(
+    tmp_path: Path, plain: Path, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other, run = tmp_path / "program", tmp_path / "other"
+    for room in ("megatron_slm", "parallel", "kernels", "launch"):
+        shutil.copytree(ROOT / room, other / room, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    norm = other / "parallel" / "norm.py"
+    norm.write_text(norm.read_text().replace("self.weight, self.eps)", "self.weight, 2.0 * self.eps)"))
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_slm.cli",
+        "train",
+        *runs.given(run, data, *LIGHT, "train.exit_interval=1"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, cwd=other, env=environment, capture_output=True, check=False).returncode == 75
+    assert cli.main(["replay", "bisect", str(plain), str(run)]) == 2
+    refused = capfd.readouterr().err
+    assert "was recorded by another program" in refused and "--code DIR DIR" in refused
+    assert cli.main(["replay", "bisect", str(plain), str(run), "--code", str(ROOT), str(other)]) == 1
+    said = capfd.readouterr().out
+    assert said.startswith("1. recordings: step 1") and "  cause     code: " in said
+    lines = [line.strip() for line in said.splitlines()]
+    assert "return F.rms_norm(x, (self.hidden_size,), self.weight, self.eps)" in lines
+    assert "return F.rms_norm(x, (self.hidden_size,), self.weight, 2.0 * self.eps)" in lines
+    assert cli.main(["replay", "bisect", str(plain), str(run), "--code", str(ROOT), str(data)]) == 2
+    assert "is not a checkout" in capfd.readouterr().err
 
 
 def test_what_was_read_needs_no_replay(

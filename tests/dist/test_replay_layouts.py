@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_slm import cli
+from megatron_slm.config.load import Resolved
 from megatron_slm.errors import ConfigError
-from megatron_slm.replay.layouts import LayoutDifference, layout_diff
+from megatron_slm.replay.layout_report import LayoutDifference
+from megatron_slm.replay.layouts import layout_diff
 from megatron_slm.verify.tolerance import Unit
+from megatron_slm.verify.witnessed import origins
 from tests import parallel_bugs as bugs, runs
+from tests.layout_bugs import BUGS, job_of, parameter_not_gathered
 
 STEPS = ("train.train_iters=2", "train.eval_iters=0", "checkpoint.save_interval=1")
+ALONE = ("parallel.world_size=1", "replay.whole_steps=2")
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
 
 
@@ -23,18 +29,27 @@ TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run on one rank and on two; comparing them has made the first one again from perturbed weights."""
     place = tmp_path_factory.mktemp("layouts")
-    assert runs.train(place / "one", runs.corpus(place), 1, "parallel.world_size=1", *STEPS) == 0
+    assert runs.train(place / "one", runs.corpus(place), 1, *ALONE, *STEPS) == 0
     assert runs.train(place / "two", runs.corpus(place), 2, *TP2, *STEPS) == 0
     with (place / "shown").open("w") as shown, contextlib.redirect_stdout(shown):
         assert cli.main(["replay", "layout-diff", str(place / "one"), str(place / "two")]) == 0
     return place
 
 
-def compared(place: Path, other: str, at: int | None = None) -> LayoutDifference:
+def compared(
+    place: Path, other: str, at: int | None = None, plant: Callable[[], None] | None = None
+) -> LayoutDifference:
+    """The run on one rank against another one; with ``plant`` the latter's first steps are looked into."""
+
     def reference(steps: Sequence[int]) -> Path:
         return place / "one-layout-diff" / "perturbed"
 
-    return layout_diff((place / "one", place / other), reference, lambda unit: Unit(unit).tolerance, at=at)
+    def start(resolved: Resolved) -> int:
+        return runs.start(resolved, plant if resolved.config.name == "second" else None)
+
+    two = (place / "one", place / other)
+    locate = partial(origins, start=start) if plant is not None else None
+    return layout_diff(two, reference, lambda unit: Unit(unit).tolerance, at=at, locate=locate)
 
 
 def test_two_tensor_parallel_ranks_are_equal_within_tolerance(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,13 +74,34 @@ def test_two_tensor_parallel_ranks_are_equal_within_tolerance(place: Path, capsy
 def test_gradients_of_norms_that_are_not_summed_are_flagged(place: Path) -> None:
     planted = bugs.norm_gradients_not_summed
     assert runs.train(place / "unsummed", runs.corpus(place), 2, *TP2, *STEPS, plant=planted) == 0
-    found = compared(place, "unsummed")
+    found = compared(place, "unsummed", plant=planted)
     assert not found.equal and found.worst is not None and found.tensors[0].step == 1
     assert found.worst.module.endswith("norm") and found.worst.ratio > 100.0
     assert not found.displaced and found.loss_parted != 1, "the forward pass of step 1 is right"
     assert "the forward pass is right" in found.render() and f"its module     {found.worst.module}" in found.render()
+    (origin,) = found.origins
+    assert (origin.step, origin.module, origin.what) == (1, "decoder.final_layernorm", "gradient")
+    assert origin.run == 1 and origin.repeated and "tp2, step 1: decoder.final_layernorm (gradient)" in found.render()
     told = json.loads(found.to_json())
+    assert told["origins"][0]["module"] == origin.module
     assert told["worst"]["module"] == found.worst.module and told["equal"] is False
+
+
+@pytest.mark.parametrize("name", ["parameter not gathered", "rotary positions of another cut"])
+def test_a_bug_is_located_in_steps_that_the_run_has_kept_itself(place: Path, name: str) -> None:
+    fault = BUGS[name]
+    job, other = job_of(fault.values), name.replace(" ", "-")
+    kept = (*STEPS, "replay.whole_steps=2")
+    assert runs.train(place / other, runs.corpus(place), 2, *job.layout, *kept, plant=fault.plant) == 0
+    found = compared(place, other, plant=fault.plant)
+    (origin,) = found.origins
+    assert fault.is_named_by(origin.module, origin.what), origin
+    if fault.plant is parameter_not_gathered:
+        assert (origin.step, origin.what) == (2, "copies") and "rank 1" in origin.detail
+    else:
+        assert (origin.step, origin.what) == (1, "forward") and found.loss_parted == 1
+    again = {path.name for path in (place / "one-layout-diff" / "first-steps").iterdir()}
+    assert "second" not in again, "its steps are there already"
 
 
 def test_swapped_shards_and_other_data_are_flagged(place: Path) -> None:
@@ -84,4 +120,4 @@ def test_swapped_shards_and_other_data_are_flagged(place: Path) -> None:
     config.write_text(config.read_text().replace("seed: 1234", "seed: 4321"))
     found = compared(place, "swapped")
     assert found.samples == 1 and not found.tensors and "other samples from step 1 on" in found.render()
-    assert found.settings == ("train.seed: 1234 and 4321",) and found.settings[0] in found.render()
+    assert "train.seed: 1234 and 4321" in found.settings and found.settings[0] in found.render()

@@ -14,11 +14,15 @@ from megatron_slm.replay import batches, stream
 from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.cause import cause
 from megatron_slm.replay.diff import first_divergence
+from megatron_slm.replay.differing import megatron_traces
 from megatron_slm.replay.stream import Flag, Frame, Phase
 from tests import replay_plants as plants, runs
 from tests.ranks import RankFailure
 
 STEPS = 3
+TRACE_FIELDS = {"schema_version", "event", "rank", "iteration", "microbatch", "phase", "name", "occurrence", "sequence",
+    "fields"}  # fmt: skip
+"""Of an event record of Megatron-LM's rank-local determinism traces, pull request 6610."""
 RECORD = ("replay.level=layer", f"train.train_iters={STEPS}", "train.eval_iters=0", "replay.keep_batches=2")
 DP4 = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "precision.bf16=true")
 TP2_PP2 = (
@@ -124,11 +128,34 @@ def test_one_flipped_bit_is_one_record_and_is_named(
     for rank in range(4):
         own = [name for phase, name in differing(plain, struck, rank, 2) if phase <= Phase.LOCAL_GRADIENT]
         assert own == ([plants.STRUCK] if rank == 2 else [])
-    assert cli.main(["replay", "diff", str(plain), str(struck), "--json"]) == 1
+    lines = folder / "differing.jsonl"
+    assert cli.main(["replay", "diff", str(plain), str(struck), "--json", "--jsonl", str(lines)]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["step"], found["rank"], found["phase"]) == (2, 2, "local gradient")
     assert (found["tensor"], found["module"]) == (plants.STRUCK, plants.STRUCK.removesuffix(".weight"))
     assert found["inputs_equal"] is True and found["cause"] == "silent corruption"
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    first = next(line for line in written if line["rank"] == 2)
+    assert (first["step"], first["phase"], first["tensor"]) == (2, "local gradient", plants.STRUCK)
+    assert first["dtype"] == "float32" and first["first"] != first["second"] and len(first["second"]) == 32
+    assert len(written) == sum(len(differing(plain, struck, rank, step)) for rank in range(4) for step in (2, 3))
+    _require_megatron_traces(written)
+
+
+def _require_megatron_traces(lines: list[dict[str, Any]]) -> None:
+    """What a reader of Megatron-LM's traces demands of each of the two runs' records, and that each pair differs."""
+    pairs = list(megatron_traces(lines))
+    assert len(pairs) == len(lines) and all(one is None or one != other for one, other in pairs)
+    for side in range(2):
+        keys, last = set(), dict.fromkeys(range(4), -1)
+        for record in filter(None, (pair[side] for pair in pairs)):
+            assert record.keys() == TRACE_FIELDS and (record["schema_version"], record["event"]) == (1, "event")
+            assert record["sequence"] > last[record["rank"]] and record["name"].isprintable()
+            assert record["iteration"] >= 0 and (record["microbatch"] is None or record["microbatch"] >= 0)
+            last[record["rank"]] = record["sequence"]
+            key = [record[name] for name in ("rank", "name", "iteration", "microbatch", "phase", "occurrence")]
+            assert tuple(key) not in keys
+            keys.add(tuple(key))
 
 
 def test_another_bucket_layout_is_another_order_of_communication(folder: Path, data: Path) -> None:
@@ -155,10 +182,31 @@ def test_a_resumed_run_goes_on_recording_the_same(plain: Path, folder: Path, dat
     assert Capsule.of(resumed).manifest(3)["step"] == 2 and Capsule.of(resumed).manifest(2, rank=3)["step"] == 0
 
 
+RUN_FACTS = ("code.sources_sha256", "code.commit", "config.model.num_layers", "surroundings.versions.torch",
+    "surroundings.versions.megatron-core", "surroundings.python", "surroundings.cpu", "data.tokenizer_hash",
+    "data.sources.corpus.digest", "cursor.seq_length", "world_size", "layout.dp", "groups.tp", "groups.dp", "groups.pp",
+    "schedule.layers", "schedule.micro_batches", "schedule.virtual_pipeline")  # fmt: skip
+RANK_FACTS = ("host", "device", "cores", "libraries.cpu_capability", "libraries.build", "threads.intra_op",
+    "threads.inter_op", "switches.deterministic_algorithms", "environment.OMP_NUM_THREADS", "buckets")  # fmt: skip
+
+
+def test_the_manifests_hold_what_decides_the_numbers(plain: Path) -> None:
+    capsule = Capsule.of(plain)
+    run, ranks = capsule.manifest(1), [capsule.manifest(1, rank) for rank in range(4)]
+    for manifest, facts in ((run, RUN_FACTS), *((own, RANK_FACTS) for own in ranks)):
+        for name in facts:
+            value: Any = manifest
+            for part in name.split("."):
+                value = value[part]
+            assert value not in (None, "", []), name
+    assert run["groups"]["dp"] == [[0, 1, 2, 3]] and run["schedule"]["micro_batches"] == 2
+    assert (plain / "replay" / "tokenizer" / "tokenizer.model").is_file()
+
+
 def test_kept_batches_are_what_was_read(plain: Path) -> None:
     from megatron_slm.replay.fingerprint import digests
 
-    kept = batches.read(plain / "replay", 2, STEPS)
+    kept = batches.read(plain / "replay", 2, STEPS).micro_batches
     records, names = frame(plain, 2, STEPS).records, Capsule.of(plain).names(2)
     noted = {
         (int(one["micro_batch"]), names[one["name"]].split()[0]): one["lanes"].tolist()

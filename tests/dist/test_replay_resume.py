@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,29 @@ def one_bit_after_restore() -> None:
     origin._resume = damaging
 
 
+def stale_averages() -> None:
+    """A resume leaves the averages of the weights as the seed has made them."""
+    from megatron_slm.train.ema import Ema
+
+    Ema.load = lambda self, loaded: None  # type: ignore[method-assign]
+
+
+def lost_skips() -> None:
+    """A resume forgets which samples it has passed over."""
+    import dataclasses
+
+    from megatron_slm.train import origin
+
+    resume = origin._resume
+
+    def forgetting(state: Any, *given: Any) -> list[str]:
+        words = resume(state, *given)
+        state.cursor = dataclasses.replace(state.cursor, skipped=((0, 1),))
+        return words
+
+    origin._resume = forgetting
+
+
 def checked(folder: Path, data: Path, plant: Callable[[], None] | None = None) -> ResumeCheck:
     """A tiny run's check, with a fault planted in every start of ranks."""
     resolved = load(None, runs.given(folder / "run", data, *TP2))
@@ -97,6 +121,24 @@ def test_a_moment_that_was_not_restored_is_named_at_the_start(tmp_path: Path, da
     assert found is not None
     assert (found.step, found.start, found.rank, found.key.phase) == (AT, True, 1, Phase.OPTIMIZER)
     assert found.key.name.split()[0].endswith(".exp_avg")
+
+
+LOST = {
+    "averages of the weights": (stale_averages, "ema.", "train.ema_decay=0.9"),
+    "samples that were passed over": (lost_skips, "state.json, cursor.skipped: [] and [[0, 1]]", "train.seed=1"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_no_fingerprint_shows_is_compared_in_the_checkpoints(what: str, tmp_path: Path, data: Path) -> None:
+    plant, named, option = LOST[what]
+    alone = ("train.train_iters=6", "train.eval_iters=0", "parallel.world_size=1", option)
+    resolved = load(None, runs.given(tmp_path / "run", data, *alone))
+    found = resume_check(resolved, lambda one: runs.start(one, plant), at=AT, steps=STEPS)
+    assert found.divergence is None and not found.equal
+    said = found.render()
+    assert "every fingerprint is equal, but what is not recorded was not brought back" in said
+    assert any(named in line for line in found.saved) and f"saved at step {AT + STEPS}: " in said
 
 
 def test_steps_that_a_run_has_not_got_are_refused(tmp_path: Path, data: Path) -> None:

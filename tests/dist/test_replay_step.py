@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 from megatron_slm import cli
 from megatron_slm.errors import ConfigError
 from megatron_slm.replay.capsule import Capsule
-from megatron_slm.replay.sdc import STRUCK as RUN_STRUCK, hunt
+from megatron_slm.replay.sdc import TRANSIENT, hunt
 from megatron_slm.replay.step import ReplayedStep, replay_step
 from megatron_slm.replay.stream import Phase
-from tests import runs
+from tests import replay_plants, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = (
@@ -70,14 +71,14 @@ def test_a_step_that_was_struck_is_found_by_its_replay(tmp_path: Path, data: Pat
     recording = Capsule.of(struck)
     made: dict[tuple[int, int], ReplayedStep] = {}
 
-    def replay(step: int, attempt: int) -> ReplayedStep:
-        return made.setdefault((step, attempt), replay_step(recording, step, runs.start, attempt=attempt))
+    def replay(step: int, attempt: int, places: int) -> ReplayedStep:
+        start = functools.partial(replay_plants.rotated_start, places=places)
+        return made.setdefault((step, attempt), replay_step(recording, step, start, attempt=attempt))
 
     chosen, findings = hunt(recording, 2, replay)
-    assert chosen == [2, 4] and list(made) == [(2, 1), (4, 1), (4, 2)]
-    assert [finding.verdict for finding in findings] == [RUN_STRUCK] and "step 4, rank 2, local grad" in str(
-        findings[0]
-    )
+    assert chosen == [2, 4] and list(made) == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert [finding.verdict for finding in findings] == [TRANSIENT]
+    assert "step 4, rank 2, local grad" in str(findings[0])
     sound, found = made[2, 1], made[4, 1]
     assert sound.equal and sound.start == 0 and sound.render().startswith("equal: step 2 replayed from step 0")
     assert found.start == 2 and found.divergence is not None and found.divergence == findings[0].divergence

@@ -13,6 +13,8 @@ BROKEN = {
     "steps of another level": (("replay.op_steps=3",), "would be ignored"),
     "no numbers": (("replay.level=op", "replay.op_steps=3,last"), "last is no step"),
     "step 0": (("replay.level=op", "replay.op_steps=0"), "0 is no step"),
+    "a fault that nothing finds": (("replay.on_fault=continue",), "no fault would be found"),
+    "scales of earlier passes": (("replay.sdc_every=5", "precision.fp8=e4m3", "precision.bf16=true"), "earlier passes"),
     "a step that is passed over": (("replay.level=op", "replay.op_steps=10,15", "replay.every=10"), "step 15"),
 }
 
@@ -27,6 +29,11 @@ def test_broken_rule_is_said(name: str) -> None:
 def test_valid_sections() -> None:
     for overrides in (["replay.level=light"], ["replay.level=op", "replay.op_steps=10,20", "replay.every=5"]):
         assert violations(load(None, ["name=x", *overrides]).config) == []
+
+
+def test_passes_made_again() -> None:
+    found = load(None, ["name=x", *read(["--sdc-every", "50"]).overrides, "replay.on_fault=continue"]).config
+    assert (found.replay.sdc_every, found.replay.on_fault) == (50, "continue") and violations(found) == []
 
 
 def test_record_is_the_level() -> None:

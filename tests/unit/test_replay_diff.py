@@ -15,9 +15,9 @@ import torch
 from megatron_slm.errors import ConfigError
 from megatron_slm.replay import capsule as capsules, stream
 from megatron_slm.replay.capsule import Capsule
-from megatron_slm.replay.cause import cause, circumstances
+from megatron_slm.replay.cause import Cause, cause, circumstances
 from megatron_slm.replay.config import ReplayConfig
-from megatron_slm.replay.diff import WHOLE_PHASE, first_divergence
+from megatron_slm.replay.diff import WHOLE_PHASE, compare, first_divergence
 from megatron_slm.replay.page import Page
 from megatron_slm.replay.report import divergence_json, divergence_text
 from megatron_slm.replay.stream import Flag, Phase, StreamWriter
@@ -106,6 +106,8 @@ def test_what_came_first_is_named(name: str, tmp_path: Path) -> None:
     found = first_divergence(recording(tmp_path / "a"), recording(tmp_path / "b", struck))
     assert found is not None and (found.rank, found.step, found.key.phase) == (rank, step, phase)
     assert found.start == (step == 0) and found.inputs_equal is (None if step == 0 else True)
+    said = divergence_text(found, Cause("", "", ()))
+    assert ("inputs    none: nothing came before it" if step == 0 else "inputs    equal: on this rank") in said
 
 
 def config_edit(key: str, section: str = "parallel") -> Edit:
@@ -169,6 +171,50 @@ def test_roots_are_compared_with_whole_steps(tmp_path: Path) -> None:
     assert first_divergence(first, Capsule.of(tmp_path / "b")) is None
     found = first_divergence(first, Capsule.of(tmp_path / "c"))
     assert found is not None and (found.step, found.key.phase, found.key.name) == (2, Phase.GRADIENT, WHOLE_PHASE)
+
+
+def long_recording(folder: Path, steps: int, struck: Callable[[int, int], bool], first_name: str = "a") -> Capsule:
+    """``struck(step, record)`` of a rank's gradient, parameter and moment in each step."""
+    replay = folder / "replay"
+    writer = StreamWriter(replay, 0, step=0)
+    phases = (Phase.GRADIENT, Phase.OPTIMIZER, Phase.PARAMETER)
+    numbers = {name: writer.number(name) for name in (first_name, "a", "b")}
+    for step in range(1, steps + 1):
+        lanes = np.array([[step, index + 100 * struck(step, index)] for index in range(3)], dtype=np.uint64)
+        writer.write(step, stream.records_of([(phase, 0, numbers["a"]) for phase in phases], lanes))
+    writer.close()
+    capsules.rank_path(replay, 0, 0).write_text(json.dumps(RANK))
+    capsules.run_path(replay, 0).write_text(json.dumps({**RUN, "groups": {"pp": [[0]]}}))
+    return Capsule.of(folder)
+
+
+LONG = {
+    "a difference that stays": (lambda step, index: step > 700 or (step == 700 and index == 0), 700, 12),
+    "one that was absorbed before another": (lambda step, index: step > 700 or (step == 300 and index == 0), 300, 12),
+    "a state that came back": (lambda step, index: step in (300, 301, 302) or step > 990, 300, 12),
+    "one that is gone in the end": (lambda step, index: step == 300, 300, 301),
+    "none": (lambda step, index: False, None, 1000),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_few_steps_of_a_long_recording_are_compared(name: str, tmp_path: Path) -> None:
+    struck, step, most = LONG[name]
+    first = long_recording(tmp_path / "a", 1000, lambda step, index: False)
+    found = compare(first, long_recording(tmp_path / "b", 1000, struck))
+    assert (found.divergence and found.divergence.step) == step and found.frames == 1000
+    assert found.read <= most, "ceil(log2(1000)) halvings, the last frame, and the one that differs"
+    if found.divergence is not None and step is not None:
+        assert found.divergence.previous == step - 1 and found.divergence.inputs_equal
+
+
+def test_streams_that_number_names_otherwise_are_read_up_to_the_difference(tmp_path: Path) -> None:
+    first = long_recording(tmp_path / "a", 100, lambda step, index: False)
+    second = long_recording(tmp_path / "b", 100, lambda step, index: step == 20 or step > 60, first_name="c")
+    found = compare(first, second)
+    assert found.divergence is not None and found.divergence.step == 20
+    assert found.read <= 20 + 8, "up to it, and ceil(log2(100)) halvings with the last frame"
+    assert str(found) == f"{found.read} of 100 recorded steps of all ranks"
 
 
 def test_other_layouts_are_refused(tmp_path: Path) -> None:

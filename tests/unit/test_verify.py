@@ -18,15 +18,15 @@ from megatron_slm.data.config import DataConfig  # noqa: E402
 from megatron_slm.model.config import ModelConfig  # noqa: E402
 from megatron_slm.parallel import context  # noqa: E402
 from megatron_slm.parallel.config import ParallelConfig  # noqa: E402
+from megatron_slm.replay.shards import Shard, _name  # noqa: E402
+from megatron_slm.replay.watch import Place, is_named  # noqa: E402
 from megatron_slm.train.config import TrainConfig  # noqa: E402
 from megatron_slm.verify import axes, setting  # noqa: E402
 from megatron_slm.verify.batches import micro_batches  # noqa: E402
 from megatron_slm.verify.compare import differences, judged  # noqa: E402
 from megatron_slm.verify.report import Claim, Report, RunReport  # noqa: E402
-from megatron_slm.verify.shards import Shard, _name  # noqa: E402
 from megatron_slm.verify.slices import held  # noqa: E402
 from megatron_slm.verify.tolerance import FLOOR, Unit  # noqa: E402
-from megatron_slm.verify.watch import Place, is_named  # noqa: E402
 
 CONFIG = RunConfig(
     name="small",

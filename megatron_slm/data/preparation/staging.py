@@ -18,13 +18,12 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_slm.data.preparation.request import Request
 from megatron_slm.errors import DataError
 
 REQUEST_NAME = "request.json"
@@ -33,6 +32,16 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 class ResumableError(DataError):
     """What has stopped the work was not the input; the same command goes on where it stopped."""
+
+
+class Wanted(Protocol):
+    """What was asked for: a request, of a corpus or of examples."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+
+    def differences(self, found: Mapping[str, Any]) -> str:
+        """Where the stored request ``found`` asked for something else; empty when it is equal."""
 
 
 class Staging:
@@ -103,7 +112,7 @@ class Staging:
 
 
 @contextlib.contextmanager
-def open_staging(target: Path, request: Request, chunking: dict[str, int]) -> Iterator[Staging]:
+def open_staging(target: Path, request: Wanted, chunking: dict[str, int]) -> Iterator[Staging]:
     """The staging directory of ``target``, with what an earlier command of the same ``request`` has finished.
 
     When the block raises, the directory is kept if going on makes sense: work is finished, and what was read of the
@@ -206,7 +215,7 @@ def _lock(descriptor: int, directory: Path, target: Path) -> None:
         raise DataError(f"Another process has just prepared {target}. Run the command again to check it.")
 
 
-def _claim(staging: Staging, request: Request, chunking: dict[str, int]) -> None:
+def _claim(staging: Staging, request: Wanted, chunking: dict[str, int]) -> None:
     """Keep what is there if it is of this request, else empty the directory; then write down whose it is."""
     path = staging.directory / REQUEST_NAME
     left = list(staging.directory.iterdir())

@@ -6,7 +6,7 @@ of 13 words, in lower case and without punctuation, with an evaluation text; a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,9 @@ class LeakageIndex:
                 if tuple(sequence[start : start + len(whole)]) == whole:
                     yield from ((start, len(whole), place) for place in places)
 
-    def _read(self, name: str, path: Path, text_key: str) -> None:
-        (source,) = open_sources([path])
+    def add(self, name: str, texts: Iterable[str]) -> bool:
+        """Look for the texts of one more evaluation file; returns whether one of them is long enough."""
         wanted = False
-        texts = read_documents(source, text_key=text_key, text_unit="paragraph", key_option=KEY_OPTION)
         for document, text in enumerate(texts):
             sequence, place = words(text), _Place(len(self.files), document)
             if len(sequence) < self._head:
@@ -113,12 +112,17 @@ class LeakageIndex:
             else:
                 for ngram in ngrams(sequence, self._ngram):
                     _note(self._places, ngram, place)
-        if not wanted:
+        self.files.append(name)
+        return wanted
+
+    def _read(self, name: str, path: Path, text_key: str) -> None:
+        (source,) = open_sources([path])
+        texts = read_documents(source, text_key=text_key, text_unit="paragraph", key_option=KEY_OPTION)
+        if not self.add(name, texts):
             raise DataError(
                 f"The evaluation file {path} holds no text of {self._head} words or more, so nothing can be looked "
                 f"for. Name the right file, or the right key with {KEY_OPTION}."
             )
-        self.files.append(name)
 
 
 def _note(places: dict[Any, tuple[_Place, ...]], ngram: Any, place: _Place) -> None:

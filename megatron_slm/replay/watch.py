@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train.optimizer_state import global_name
@@ -88,13 +89,14 @@ class Watch:
 
     def __init__(self, chunks: Iterable[nn.Module]) -> None:
         self._found: list[Watched] = []
-        self._seen: Counter[tuple[str, str]] = Counter()
-        self._handles = [
-            module.register_forward_hook(self._hook(global_name(model, name)))
-            for model in map(unwrap, chunks)
-            for name, module in model.named_modules()
-            if is_named(name)
-        ]
+        self._recomputed: Counter[str] = Counter()
+        self._handles: list[RemovableHandle] = []
+        for model in map(unwrap, chunks):
+            passes = Passes(embeds=bool(getattr(model, "pre_process", True)))
+            self._handles.append(model.register_forward_pre_hook(passes.begin))
+            for name, module in model.named_modules():
+                if is_named(name):
+                    self._handles.append(module.register_forward_hook(self._hook(global_name(model, name), passes)))
 
     def stop(self, *, reverse: bool = False) -> list[Watched]:
         """Take the hooks off; what was seen. With ``reverse`` the micro-batches came from the last to the first."""
@@ -102,25 +104,48 @@ class Watch:
             handle.remove()
         if not reverse:
             return self._found
-        return [
-            one._replace(micro_batch=self._seen[one.name, one.direction] - 1 - one.micro_batch) for one in self._found
-        ]
+        last = max((one.micro_batch for one in self._found), default=0)
+        return [one._replace(micro_batch=last - one.micro_batch) for one in self._found]
 
-    def _hook(self, name: str) -> Callable[..., None]:
+    def _hook(self, name: str, passes: Passes) -> Callable[..., None]:
         def after_forward(module: nn.Module, inputs: Any, output: Any) -> None:
             tensor = first_tensor(output)
             if tensor is None:
                 return
-            if not in_backward():  # there a recomputed forward pass repeats what was seen
-                self._keep(name, FORWARD, tensor)
+            if in_backward():  # a recomputed forward pass repeats what was seen, and only it has a gradient
+                told, micro_batch = name, self._recomputed[name]
+                self._recomputed[name] += 1
+            else:
+                told, micro_batch = passes.called(name), passes.number
+                self._keep(told, FORWARD, micro_batch, tensor)
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self._keep(name, BACKWARD, gradient))
+                tensor.register_hook(lambda gradient: self._keep(told, BACKWARD, micro_batch, gradient))
 
         return after_forward
 
-    def _keep(self, name: str, direction: str, tensor: Tensor) -> None:
-        self._found.append(Watched(name, direction, self._seen[name, direction], tensor.detach().clone()))
-        self._seen[name, direction] += 1
+    def _keep(self, name: str, direction: str, micro_batch: int, tensor: Tensor) -> None:
+        self._found.append(Watched(name, direction, micro_batch, tensor.detach().clone()))
+
+
+class Passes:
+    """Forward passes of a chunk, one a micro-batch, and what multi-token prediction calls in them once more."""
+
+    def __init__(self, *, embeds: bool) -> None:
+        """``embeds``: the chunk begins the model, so the first call of its embedding is the model's own."""
+        self.number = -1
+        self._embeds = embeds
+        self._calls: Counter[str] = Counter()
+
+    def begin(self, *_: Any) -> None:
+        """The next micro-batch."""
+        self.number += 1
+        self._calls.clear()
+
+    def called(self, name: str) -> str:
+        """The name of one more call of a module: ``embedding``, then ``mtp.embedding``, ``mtp.embedding[2]``."""
+        call = self._calls[name] + (name == "embedding" and not self._embeds)
+        self._calls[name] += 1
+        return name if call == 0 else f"mtp.{name}" if call == 1 else f"mtp.{name}[{call}]"
 
 
 def is_named(name: str) -> bool:

@@ -1,0 +1,77 @@
+"""Rules about stages after pretraining: which sections and options they read, and what they start from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from megatron_slm.config.facts import Facts
+
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
+ROLLOUTS = ("ppo", "grpo", "distill")
+REFERENCED = ("dpo", "ppo", "grpo")
+"""Stages that may compare with the model they start from."""
+
+ONLY_PRETRAINING = (
+    "model.mtp_num_layers",
+    "train.z_loss_coefficient",
+    "train.label_smoothing",
+    "data.reset_attention_mask",
+    "data.reset_position_ids",
+    "data.eod_mask_loss",
+    "data.length_schedule",
+    "data.replay_run",
+    "data.loss_aware_strength",
+)
+ONLY_LATER = ("data.pack_rows", "data.train_on")
+
+
+def own_section(facts: Facts) -> Iterator[str]:
+    """A section named after a stage belongs to it; rollouts belong to the stages that make some."""
+    stage = facts.config.stage
+    for section in (*STAGES[1:], "rollout"):
+        if section == stage or (section == "rollout" and stage in ROLLOUTS):
+            continue
+        fields = dataclasses.fields(getattr(facts.config, section))
+        given = [key for field in fields if facts.is_set(key := f"{section}.{field.name}")]
+        if given:
+            owner = section if section != "rollout" else f"one of {', '.join(ROLLOUTS)}"
+            yield (
+                f"{facts.cite(given[0], 'stage')}: the section {section} would be ignored. Leave it out, or set stage="
+                f"{owner}."
+            )
+
+
+def options_of_the_stage(facts: Facts) -> Iterator[str]:
+    """Options that the stage does not read."""
+    stage = facts.config.stage
+    for key in ONLY_LATER if stage == "pretrain" else ONLY_PRETRAINING:
+        if facts.is_set(key):
+            why = (
+                "pretraining reads text, of which every token counts"
+                if stage == "pretrain"
+                else "its documents are masked, packed and weighted by what the examples say"
+            )
+            yield f"{facts.cite(key, 'stage')}: the former has no effect, because {why}. Leave it out."
+
+
+def reference(facts: Facts) -> Iterator[str]:
+    """A stage that compares with a reference must know where it comes from."""
+    config, path = facts.config, "checkpoint.pretrained_checkpoint"
+    compares = config.stage == "dpo" or (config.stage == "ppo" and config.ppo.ppo_kl_coef > 0)
+    compares = compares or (config.stage == "grpo" and config.grpo.grpo_kl_beta > 0)
+    if compares and config.checkpoint.pretrained_checkpoint is None:
+        yield (
+            f"{facts.cite('stage')} compares with the model it starts from, so set {path} to that model's run or "
+            "checkpoint."
+        )
+
+
+def whole_sequences(facts: Facts) -> Iterator[str]:
+    """What is drawn one token at a time is not cut over ranks."""
+    config, degree = facts.config, "parallel.context_parallel_size"
+    if config.stage in ROLLOUTS and config.parallel.context_parallel_size > 1:
+        yield f"{facts.cite('stage', degree)}: rollouts are drawn by whole sequences. Set {degree}=1."
+
+
+RULES = (own_section, options_of_the_stage, reference, whole_sequences)

@@ -1,0 +1,72 @@
+"""How completions are drawn while a model is trained on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_slm.config.option import option
+
+GAP_EXACT, GAP_BF16 = 1e-4, 0.5
+"""Largest differences of a token's log-probability, in nats, that rounding explains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The ``rollout`` section: generation inside PPO, GRPO and on-policy distillation."""
+
+    prompts: int | None = option(
+        None,
+        "prompts answered before the policy learns from any of them, a multiple of train.global_batch_size, which is "
+        "the prompts of one step; default as many",
+        minimum=1,
+        flag="rollout-prompts",
+    )
+    max_new_tokens: int = option(
+        64,
+        "tokens of a completion at most, the one that ends it included",
+        minimum=1,
+        flag="rollout-max-new-tokens",
+    )
+    temperature: float = option(1.0, "the logits are divided by it", above=0.0, flag="rollout-temperature")
+    top_k: int = option(
+        0,
+        "draw among so many likeliest tokens, which are recorded with every token; 0 is all",
+        minimum=0,
+        flag="rollout-top-k",
+    )
+    top_p: float = option(
+        1.0,
+        "draw among the likeliest tokens of this probability in all, which are recorded; 1 is all",
+        above=0.0,
+        maximum=1.0,
+        flag="rollout-top-p",
+    )
+    seed: int = option(
+        1234,
+        "of the draws, which depend on it, the step, the sample and the position alone",
+        minimum=0,
+        flag="rollout-seed",
+    )
+    stop_tokens: tuple[str, ...] = option(
+        (),
+        "special tokens that end a completion beside the one that ends a document, by name",
+        flag="rollout-stop-tokens",
+    )
+    batch_size: int = option(
+        16,
+        "sequences that a model copy generates at a time; changes no draw",
+        minimum=1,
+        flag="rollout-batch-size",
+    )
+    max_logprob_gap: float | None = option(
+        None,
+        "largest difference, in nats, between the log-probability a token was drawn with and the one that training "
+        f"finds; above it the run stops. Default {GAP_EXACT}, with precision.bf16 {GAP_BF16}",
+        above=0.0,
+    )
+
+    def gap_limit(self, *, bf16: bool) -> float:
+        """``max_logprob_gap``, or what rounding explains."""
+        if self.max_logprob_gap is not None:
+            return self.max_logprob_gap
+        return GAP_BF16 if bf16 else GAP_EXACT

@@ -1,0 +1,76 @@
+"""Every stage's losses under other layouts, micro-batch sizes and packing, against one rank, in float64.
+
+What is logged, the gradients of the first step and the weights after three agree to the last digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from megatron_slm.train.config import TrainConfig
+from tests.pool import RankPool
+from tests.stage_training import CONFIGS, train_stage
+from tests.training import Outcome, Task, worst_difference
+
+TASK = Task(iters=3, train=TrainConfig(micro_batch_size=1, global_batch_size=8), packed=True)
+TP, PP, SP, CP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "context_parallel_size",
+)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {TP: 2}),
+    "pp2": (2, {PP: 2}),
+    "dp2": (2, {"use_distributed_optimizer": True}),
+    "tp2 sp dp2": (4, {TP: 2, SP: True, "use_distributed_optimizer": True}),
+    "tp2 pp2": (4, {TP: 2, PP: 2, SP: True}),
+    "pp2 vpp2": (2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}),
+    "cp2": (2, {CP: 2}),
+}
+TOLERANCE = 1e-9
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(4) as ranks:
+        yield ranks
+
+
+@cache
+def on_one_rank(pool: RankPool, name: str) -> Outcome:
+    outcome: Outcome = pool.call(train_stage, 1, TASK, name)[0]
+    assert all(outcome.weights[key].ne(value).any() for key, value in outcome.initial.items()), "everything is trained"
+    return outcome
+
+
+def agree(found: Outcome, expected: Outcome) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=TOLERANCE, abs=TOLERANCE)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-6), "core adds up norms in fp32"
+    for one, other in ((found.gradients, expected.gradients), (found.weights, expected.weights)):
+        error, name = worst_difference(one, other)
+        assert error <= TOLERANCE, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layout_gives_the_numbers_of_one_rank(pool: RankPool, name: str, layout: str) -> None:
+    world_size, degrees = LAYOUTS[layout]
+    agree(pool.call(train_stage, world_size, TASK.on(**degrees), name)[0], on_one_rank(pool, name))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_micro_batch_size_changes_nothing(pool: RankPool, name: str, size: int) -> None:
+    task = replace(TASK, train=replace(TASK.train, micro_batch_size=size)).on(**LAYOUTS["tp2"][1])
+    agree(pool.call(train_stage, 2, task, name)[0], on_one_rank(pool, name))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unpacked_is_packed(pool: RankPool, name: str) -> None:
+    agree(pool.call(train_stage, 1, TASK, name, False)[0], on_one_rank(pool, name))
