@@ -33,7 +33,7 @@ from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
 from megatron_slm.memory.watch import explained_out_of_memory
 from megatron_slm.model.core_config import transformer_config
-from megatron_slm.model.ending import Ending, Scalar, TokenScores
+from megatron_slm.model.ending import Ending, Scalar
 from megatron_slm.model.gpt import build_chunks
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.fp8 import require_engine
@@ -41,7 +41,6 @@ from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.specs import choose_spec
-from megatron_slm.parallel.vocab_scores import Vocabulary
 from megatron_slm.replay.batches import step_inputs
 from megatron_slm.run_data import Data, data_record, identity, open_data
 from megatron_slm.run_examples import example_loader, open_examples
@@ -56,10 +55,11 @@ from megatron_slm.run_hooks import (
     stop_rule,
     writes_log,
 )
+from megatron_slm.run_judge import judge_of
+from megatron_slm.run_policy import Policy, own_parts, starting_model, teacher_of
 from megatron_slm.run_reference import PairReference
-from megatron_slm.run_stage import ending_of, loss_of, stage_inputs
-from megatron_slm.stages.reference import Frozen
-from megatron_slm.train import checkpoint, recovery, run_directory
+from megatron_slm.run_stage import Beside, ending_of, loss_of, stage_inputs
+from megatron_slm.train import run_directory
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.loop import run_loop
@@ -87,38 +87,40 @@ class Run(NamedTuple):
     loader: Any
     log: MetricsWriter | None
 
-    def inputs(self, pairs: PairReference | None = None) -> Iterator[StepInput]:
+    @property
+    def vocab_size(self) -> int:
+        """Real tokens."""
+        return self.resolved.config.model.vocab_size or self.data.tokenizer.vocab_size
+
+    def inputs(self, beside: Beside | None = None) -> Iterator[StepInput]:
         """Global batches from wherever the state's cursor stands."""
+        beside = beside or Beside()
         if (kept := self.resolved.config.replay.batches_of) is not None:
             return step_inputs(Path(kept), dist.get_rank(), self.state, self.plan.device)
+        if beside.policy is not None:
+            return beside.policy.inputs()
         return stage_inputs(
-            self.resolved.config,
-            self.loader,
-            self.state,
-            self.plan,
-            batch_size=batch_sizes(self.resolved.config),
-            pairs=pairs,
+            self.loader, self.state, self.plan, batch_size=batch_sizes(self.resolved.config), beside=beside
         )
 
-    def pair_reference(self) -> PairReference | None:
-        """What the pairs of DPO are compared with. Collective."""
-        if self.resolved.config.stage != "dpo":
-            return None
-        return PairReference(
-            self.resolved.config, self.data, self.plan, self.state.cursor, self.reference, self.directory.path
-        )
-
-    def reference(self) -> Frozen:
-        """The model that the run starts from, frozen. Collective; random states stay as they are."""
+    def beside(self) -> Beside:
+        """The other models that the stage needs, built and loaded. Collective."""
         config = self.resolved.config
-        vocab_size = config.model.vocab_size or self.data.tokenizer.vocab_size
-        source = recovery.find(Path(str(config.checkpoint.pretrained_checkpoint))).path
-        random = self.state.random.capture()
-        ending = TokenScores(Vocabulary(vocab_size))
-        chunks = build_frozen(config, self.plan.groups, self.plan.device, vocab_size, ending)
-        checkpoint.load_weights(source, chunks)
-        self.state.random.restore(random)
-        return Frozen(chunks)
+        match config.stage:
+            case "dpo":
+                build = partial(starting_model, self)
+                return Beside(
+                    pairs=PairReference(config, self.data, self.plan, self.state.cursor, build, self.directory.path)
+                )
+            case "distill" if config.distill.teacher_topk is None:
+                return Beside(teacher=teacher_of(self))
+            case "ppo" | "grpo":
+                return Beside(policy=Policy(self, *judge_of(self)))
+        return Beside()
+
+    def build_frozen(self, config: RunConfig, ending: Ending | Scalar) -> list[nn.Module]:
+        """Bare chunks of the model of ``config``, laid out as the trained one, that have no gradients."""
+        return build_frozen(config, self.plan.groups, self.plan.device, self.vocab_size, ending)
 
 
 class BuiltModel(NamedTuple):
@@ -153,11 +155,11 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     """
     config = resolved.config
     with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
-        pairs = run.pair_reference()
+        beside = run.beside()
         return run_loop(
             run.state,
             run.plan,
-            run.inputs(pairs),
+            run.inputs(beside),
             build_hooks(
                 resolved,
                 run.data,
@@ -166,7 +168,7 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
                 layout=run.layout,
                 directory=run.directory,
                 log=run.log,
-                pairs=pairs,
+                beside=beside,
             ),
             train_iters=config.train.train_iters,
             should_stop=stop_rule(config, run.stop),
@@ -300,18 +302,36 @@ def build_state(
     state = TrainState(model.chunks, model.optimizer, model.random, Cursor.start(data.order, data.tokenizer.hash))
     if config.train.ema_decay is not None:
         state.parts["ema"] = Ema(model.optimizer, model.chunks, decay=config.train.ema_decay, groups=groups)
+
+    def build(own: RunConfig, ending: Ending | Scalar) -> BuiltModel:
+        return build_model(own, groups, device, vocab_size, ending)
+
+    state.parts |= own_parts(config, device, groups, build)
     return state, model.reason
 
 
-def build_model(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> BuiltModel:
-    """What a configuration alone decides of a rank's state, without any data."""
+def build_model(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, ending: Ending | Scalar | None = None
+) -> BuiltModel:
+    """What a configuration alone decides of a rank's state, without any data.
+
+    Args:
+        ending: of the model; the stage's by default.
+    """
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
     spec, norm, reason = choose_spec(device.type, config.model, packed_documents=packs_documents(config))
-    return assemble_model(config, groups, device, vocab_size, layers=Layers(core, spec, norm, reason))
+    layers = Layers(core, spec, norm, reason)
+    return assemble_model(config, groups, device, vocab_size, layers=layers, ending=ending)
 
 
 def assemble_model(
-    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, layers: Layers
+    config: RunConfig,
+    groups: Any,
+    device: torch.device,
+    vocab_size: int,
+    *,
+    layers: Layers,
+    ending: Ending | Scalar | None = None,
 ) -> BuiltModel:
     """The same of layers that are chosen already."""
     core = layers.core
@@ -324,7 +344,7 @@ def assemble_model(
         seed=config.train.seed,
         spec=(layers.spec, layers.norm),
         device=device,
-        ending=ending_of(config, vocab_size),
+        ending=ending or ending_of(config, vocab_size),
     )
     half = config.precision.bf16
     chunks = wrap(

@@ -29,7 +29,7 @@ from megatron_slm.replay.recorder import Recorder
 from megatron_slm.replay.slots import joined
 from megatron_slm.replay.witness import Witness
 from megatron_slm.run_data import Data, data_record, identity
-from megatron_slm.run_reference import PairReference
+from megatron_slm.run_stage import Beside
 from megatron_slm.run_validation import evaluation
 from megatron_slm.train import checkpoint, origin, run_directory
 from megatron_slm.train.attribution import investigation
@@ -59,7 +59,7 @@ def build_hooks(
     layout: Layout,
     directory: RunDirectory,
     log: MetricsWriter | None,
-    pairs: PairReference | None = None,
+    beside: Beside | None = None,
 ) -> list[Hook]:
     """What the log's line shows of the experts, log, memory, averages, measurements, fingerprints, validation,
     checkpoint.
@@ -83,7 +83,7 @@ def build_hooks(
     if config.replay.sdc_every is not None:
         hooks.append(passes(config, plan, layout, log))
     if config.train.eval_iters:
-        hooks.append(validation_hook(config, data, plan, state, log, pairs))
+        hooks.append(validation_hook(config, data, plan, state, log, beside or Beside()))
     hooks.append(checkpoint_hook(resolved, data, layout, directory, log))
     return hooks
 
@@ -155,12 +155,12 @@ def validation_hook(
     plan: StepPlan,
     state: TrainState,
     log: MetricsWriter | None,
-    pairs: PairReference | None = None,
+    beside: Beside,
 ) -> ValidationHook:
     """Evaluates the held-out samples, and ends the run early where that is configured."""
     patience = config.train.early_stopping_patience
     return ValidationHook(
-        evaluation(config, data, plan, log, pairs),
+        evaluation(config, data, plan, log, beside),
         config.train.eval_interval,
         EarlyStopping(patience, state.records.get("early_stopping")) if patience is not None else None,
         log.say if log is not None else lambda line: None,

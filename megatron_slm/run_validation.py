@@ -13,22 +13,27 @@ from megatron_slm.data.shares import after_validation
 from megatron_slm.evaluate.perplexity import HeldOut, held_out
 from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.run_data import Data
+from megatron_slm.run_policy import Policy
 from megatron_slm.run_reference import PairReference
+from megatron_slm.run_stage import Beside
 from megatron_slm.stages import pretrain
+from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.metrics_writer import MetricsWriter
 from megatron_slm.train.step import StepPlan, TrainState
 
 
 def evaluation(
-    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None, pairs: PairReference | None = None
+    config: RunConfig, data: Data, plan: StepPlan, log: MetricsWriter | None, beside: Beside
 ) -> Callable[[TrainState], float]:
     """A function that evaluates the held-out samples, the same ones each time, reports and returns the loss.
 
     It is collective, and every rank gets the same number. With ``data.loss_aware_strength`` it also moves the shares of
     the sources from here on.
     """
-    measure = measurement(config, data, plan, pairs)
+    if beside.policy is not None:
+        return evaluation_of_answers(beside.policy, log)
+    measure = measurement(config, data, plan, beside)
     strength = config.data.loss_aware_strength
 
     def evaluate(state: TrainState) -> float:
@@ -61,6 +66,24 @@ def evaluation(
     return evaluate
 
 
+def evaluation_of_answers(policy: Policy, log: MetricsWriter | None) -> Callable[[TrainState], float]:
+    """A function that answers the held-out prompts greedily, reports how good that is, and returns what is to fall."""
+
+    def evaluate(state: TrainState) -> float:
+        found = policy.evaluate(state)
+        if log is not None:
+            log.validation(
+                -found["reward"],
+                tokens=round(found["answers"]),
+                step=state.step,
+                consumed_samples=state.cursor.consumed_samples,
+                others=found,
+            )
+        return -found["reward"]
+
+    return evaluate
+
+
 def shares_line(before: Cursor, after: Cursor) -> str:
     """What a validation has decided about the samples to come."""
     position = after.consumed_samples
@@ -70,7 +93,7 @@ def shares_line(before: Cursor, after: Cursor) -> str:
 
 
 def measurement(
-    config: RunConfig, data: Data, plan: StepPlan, pairs: PairReference | None = None
+    config: RunConfig, data: Data, plan: StepPlan, beside: Beside
 ) -> Callable[[TrainState], dict[str, HeldOut]]:
     """A function that takes the held-out loss of each source: ``train.eval_iters`` global batches of every one."""
     loaders = {name: valid_loader(config, samples, plan) for name, samples in data.valid.items()}
@@ -79,11 +102,16 @@ def measurement(
     # Pretraining also logs what a model in evaluation mode does not compute.
     logged = plan.logged[:1] if config.stage == "pretrain" else plan.logged
 
+    def with_teacher(batches: list[Batch]) -> list[Batch]:
+        if beside.teacher is not None:
+            add_hidden(beside.teacher, batches, plan)
+        return batches
+
     def measure_one(state: TrainState, name: str, loader: ValidLoader | ValidRowLoader) -> HeldOut:
         steps = loader.steps(config.train.eval_iters, config.train.global_batch_size, multiple=multiple)
-        if pairs is not None and isinstance(loader, ValidRowLoader):
-            steps = _completed(steps, name, loader, config, pairs)
-        on_device = ([pretrain.local_batch(batch, plan) for batch in step] for step in steps)
+        if beside.pairs is not None and isinstance(loader, ValidRowLoader):
+            steps = _completed(steps, name, loader, config, beside.pairs)
+        on_device = (with_teacher([pretrain.local_batch(batch, plan) for batch in step]) for step in steps)
         return held_out(
             state.chunks,
             on_device,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from megatron_slm.config.facts import Facts
+from megatron_slm.config.facts import Facts, nearest_divisors
+from megatron_slm.config.run_config import STAGES
+from megatron_slm.parallel.layout import nearest_multiples
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
 ROLLOUTS = ("ppo", "grpo", "distill")
 REFERENCED = ("dpo", "ppo", "grpo")
 """Stages that may compare with the model they start from."""
@@ -74,4 +75,36 @@ def whole_sequences(facts: Facts) -> Iterator[str]:
         yield f"{facts.cite('stage', degree)}: rollouts are drawn by whole sequences. Set {degree}=1."
 
 
-RULES = (own_section, options_of_the_stage, reference, whole_sequences)
+def rollout_steps(facts: Facts) -> Iterator[str]:
+    """A rollout is whole steps, and a step moves the data by whole prompts."""
+    config, batch, prompts = facts.config, "train.global_batch_size", "rollout.prompts"
+    if config.stage not in ("ppo", "grpo"):
+        return
+    size, asked = config.train.global_batch_size, config.rollout.prompts
+    if asked is not None and asked % size:
+        yield (
+            f"{facts.cite(prompts, batch)}: a rollout is trained on in whole steps. "
+            f"{nearest_multiples(prompts, asked, size)}"
+        )
+    key = "ppo.ppo_epochs" if config.stage == "ppo" else "grpo.grpo_iterations"
+    epochs = config.ppo.ppo_epochs if config.stage == "ppo" else config.grpo.grpo_iterations
+    if size % epochs:
+        yield (
+            f"{facts.cite(key, batch)}: every step of a rollout moves the data by the same number of prompts. "
+            f"{nearest_divisors(key, size, epochs)}"
+        )
+    if not config.rollout.rewards and config.rollout.reward_model is None:
+        yield (
+            f"{facts.cite('stage')} learns from rewards, and none is named: set rollout.rewards=NAME=WEIGHT or "
+            "rollout.reward_model=RUN."
+        )
+
+
+def teacher(facts: Facts) -> Iterator[str]:
+    """Distillation has a teacher, running or stored."""
+    own = facts.config.distill
+    if facts.config.stage == "distill" and own.distill_teacher is None and own.teacher_topk is None:
+        yield f"{facts.cite('stage')} needs a teacher: set distill.distill_teacher to its run or checkpoint."
+
+
+RULES = (rollout_steps, teacher, own_section, options_of_the_stage, reference, whole_sequences)

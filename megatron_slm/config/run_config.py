@@ -20,12 +20,14 @@ from megatron_slm.train.config import (
     TrainConfig,
 )
 
+STAGES = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "distill")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run computes. Built by :func:`megatron_slm.config.load.load`."""
 
-    stage: str = option("pretrain", "what the run does to the model", choices=("pretrain", "sft", "reward", "dpo"))
+    stage: str = option("pretrain", "what the run does to the model", choices=STAGES)
     preset: str | None = option(None, "published model shape to start from; every other value overrides it")
     name: str | None = option(None, "the run's directory below log.runs_dir; default the file's stem, then the preset")
     model: ModelConfig = field(default_factory=ModelConfig)

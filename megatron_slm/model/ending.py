@@ -52,7 +52,7 @@ class TokenScores:
     vocabulary: Vocabulary
 
     def __call__(self, hidden: Tensor, weight: Tensor, fields: Fields, group: Any) -> Tensor:
-        """-> [3, B, S]: ``LOGPROB``, ``ENTROPY``, ``CORRECT``; with further ids [3 + K, B, S], theirs behind the first."""
+        """-> [3, B, S]: ``LOGPROB``, ``ENTROPY``, ``CORRECT``; further ids lie behind the first: [3 + K, B, S]."""
         kept, ids = fields.get("kept"), fields.get("teacher_ids")
         labels = fields["labels"] if ids is None else torch.cat([fields["labels"][..., None], ids], dim=-1)
         scores = vocab_parallel_scores(

@@ -133,7 +133,7 @@ class LayoutDifference:
             f"  its module     {worst.module}",
             f"  first in model {first.name}: {_beyond(first)}",
             f"  tensors        {len(self.tensors)} of {self.compared} deviate after step {worst.step}",
-            f"  loss           {_of_loss(self.loss_parted)}",
+            *([] if self.origins else [f"  loss           {_of_loss(self.loss_parted)}"]),
         ]
 
     def _origin(self) -> list[str]:
@@ -173,7 +173,7 @@ def _of_loss(step: int | None) -> str:
     if step == 1:
         return "parts in step 1: the weights that both begin with, or the forward pass"
     when = "does not part" if step is None else f"parts in step {step}, not before"
-    return f"{when}: the forward pass is right; look at gradients, their reduction and the optimizer"
+    return f"{when}: the forward pass seems right; look at gradients, their reduction and the optimizer"
 
 
 def _beyond(one: Deviation) -> str:

@@ -58,6 +58,14 @@ class RolloutConfig:
         minimum=1,
         flag="rollout-batch-size",
     )
+    rewards: tuple[str, ...] = option(
+        (), "what an answer is worth: NAME=WEIGHT of verifiers; a prompt's own is named verifier"
+    )
+    watched: tuple[str, ...] = option((), "verifiers whose value is logged beside the reward, and not learned from")
+    reward_model: str | None = option(
+        None, "run or checkpoint of a reward model, whose number is a part of the reward named model"
+    )
+    reward_timeout_s: float = option(10.0, "seconds after which a verifier has failed on an answer", above=0.0)
     max_logprob_gap: float | None = option(
         None,
         "largest difference, in nats, between the log-probability a token was drawn with and the one that training "

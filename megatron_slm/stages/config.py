@@ -73,6 +73,14 @@ class PpoConfig:
         "mean back)",
         choices=("trl", "verl", "torchtune"),
     )
+    ppo_critic_lr: float | None = option(
+        None, "peak learning rate of the critic, on the policy's schedule; default optimizer.lr", above=0.0
+    )
+    ppo_critic_checkpoint: str | None = option(
+        None,
+        "run or checkpoint whose weights the critic begins with, a reward model's head included; default "
+        "checkpoint.pretrained_checkpoint, with a head of zeros",
+    )
     ppo_epochs: int = option(2, "times that each rollout is trained on", minimum=1)
     ppo_kl_coef: float = option(0.05, "reward taken away for one nat of distance from the reference", minimum=0.0)
     ppo_kl_estimator: str = option(
@@ -234,6 +242,7 @@ class DistillConfig:
         minimum=0.0,
         maximum=1.0,
     )
+    distill_teacher: str | None = option(None, "run or checkpoint of the teacher: the same tokenizer, any size")
     distill_temperature: float = option(1.0, "divides the logits of both", above=0.0)
     distill_on_policy_fraction: float = option(
         0.0, "share of the samples that the student draws itself", minimum=0.0, maximum=1.0

@@ -102,7 +102,7 @@ def row(name: str, sizes: Sizes) -> str:
     """A line of the table."""
     each = sizes.whole_bytes / sizes.records
     sizes_mb = f"{sizes.whole_bytes / 1e6:>9.2f} {sizes.roots_bytes / 1e6:>9.3f}"
-    return f"{name:<8} {sizes.steps:>6} {1e3 * sizes.seconds / sizes.steps:>8.1f} {each:>11.1f} {sizes_mb}"
+    return f"{name:<12} {sizes.steps:>6} {1e3 * sizes.seconds / sizes.steps:>8.1f} {each:>11.1f} {sizes_mb}"
 
 
 def main() -> None:
@@ -120,8 +120,8 @@ def main() -> None:
             thinned = recorded(directory, corpus, "thinned", steps, f"replay.keep_steps={keep}")
     finally:
         shutil.rmtree(directory)
-    print(f"{'kept':<8} {'steps':>6} {'step ms':>8} {'B a record':>11} {'whole MB':>9} {'roots MB':>9}")
-    print(row("all", whole) + "\n" + row(f"newest {keep}"[:8], thinned))
+    print(f"{'kept':<12} {'steps':>6} {'step ms':>8} {'B a record':>11} {'whole MB':>9} {'roots MB':>9}")
+    print(row("all", whole) + "\n" + row(f"newest {keep}", thinned))
     thin_steps = thinned.steps - thinned.records * whole.steps / whole.records
     line = {
         "benchmark": "replay_disk",

@@ -84,5 +84,5 @@ def test_a_stage_that_has_lost_its_documents_is_named(pool: RankPool, layout: st
 
 
 def test_a_scalar_head_is_probed_like_any_other(pool: RankPool) -> None:
-    assert pool.call(probe, 2, TASK.on(**{PP: 2}), None, "reward") == [(True, "", True)] * 2
-    assert "pipeline stage 1 of 2" in pool.call(probe, 2, TASK.on(**{PP: 2}), 1, "reward")[0][1]
+    assert pool.call(probe, 2, TASK.on(**{TP: 2}), None, "reward") == [(True, "", True)] * 2
+    assert "pipeline stage 0 of 1" in pool.call(probe, 2, TASK.on(**{TP: 2}), 0, "reward")[0][1]

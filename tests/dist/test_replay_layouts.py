@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def test_gradients_of_norms_that_are_not_summed_are_flagged(place: Path) -> None
     assert not found.equal and found.worst is not None and found.tensors[0].step == 1
     assert found.worst.module.endswith("norm") and found.worst.ratio > 100.0
     assert not found.displaced and found.loss_parted != 1, "the forward pass of step 1 is right"
-    assert "the forward pass is right" in found.render() and f"its module     {found.worst.module}" in found.render()
+    assert "the forward pass" not in found.render(), "the origin says more"
+    told_less = replace(found, origins=()).render()
+    assert "the forward pass seems right" in told_less and f"its module     {found.worst.module}" in told_less
     (origin,) = found.origins
     assert (origin.step, origin.module, origin.what) == (1, "decoder.final_layernorm", "gradient")
     assert origin.run == 1 and origin.repeated and "tp2, step 1: decoder.final_layernorm (gradient)" in found.render()
@@ -99,7 +102,7 @@ def test_a_bug_is_located_in_steps_that_the_run_has_kept_itself(place: Path, nam
     if fault.plant is parameter_not_gathered:
         assert (origin.step, origin.what) == (2, "copies") and "rank 1" in origin.detail
     else:
-        assert (origin.step, origin.what) == (1, "forward") and found.loss_parted == 1
+        assert (origin.step, origin.what) == (1, "forward") and found.loss_parted is None, "too little to be seen there"
     again = {path.name for path in (place / "one-layout-diff" / "first-steps").iterdir()}
     assert "second" not in again, "its steps are there already"
 

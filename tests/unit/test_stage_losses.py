@@ -83,6 +83,15 @@ def test_the_loss_comes_first_and_is_the_one_that_is_minimised(name: str) -> Non
     assert total._base is None, "core frees what it is given, and refuses a view"
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_has_the_precision_of_the_output(name: str) -> None:
+    """A field in float64 makes no float64 loss, and the sums of a log lose nothing on the way."""
+    exact = made(name)
+    total, _, logs = exact(exact.output.float())
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(exact()[0].item(), rel=1e-4)
+    assert all(pair.dtype == torch.float64 for pair in logs.values())
+
+
 def test_logged_names_are_known_before_the_first_step() -> None:
     for name, module in (("sft dft", sft), ("dpo sigmoid", dpo), ("grpo gspo", grpo), ("grpo cispo", grpo)):
         assert tuple(made(name)()[2]) == module.logged(LOSSES[name][1])  # type: ignore[attr-defined]
