@@ -11,14 +11,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
 from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
@@ -32,21 +28,16 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.launch.environment import RankEnvironment
 from megatron_slm.launch.signals import StopRequest
 from megatron_slm.memory.watch import explained_out_of_memory
-from megatron_slm.model.core_config import transformer_config
 from megatron_slm.model.ending import Ending, Scalar
-from megatron_slm.model.gpt import build_chunks
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.fp8 import require_engine
-from megatron_slm.parallel.gradients import wrap
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.parallel.specs import choose_spec
-from megatron_slm.replay.batches import step_inputs
+from megatron_slm.run_beside import beside_of, inputs_of
 from megatron_slm.run_data import Data, data_record, identity, open_data
 from megatron_slm.run_examples import example_loader, open_examples
 from megatron_slm.run_hooks import (
     announce,
-    batch_sizes,
     build_hooks,
     build_interventions,
     identity_digest,
@@ -55,90 +46,19 @@ from megatron_slm.run_hooks import (
     stop_rule,
     writes_log,
 )
-from megatron_slm.run_judge import judge_of
-from megatron_slm.run_policy import Policy, own_parts, starting_model, teacher_of
-from megatron_slm.run_reference import PairReference
-from megatron_slm.run_stage import Beside, ending_of, loss_of, stage_inputs
+from megatron_slm.run_model import BuiltModel, build_model
+from megatron_slm.run_parts import Run
+from megatron_slm.run_policy import own_parts
+from megatron_slm.run_stage import loss_of
 from megatron_slm.train import run_directory
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.loop import run_loop
-from megatron_slm.train.metrics_writer import MetricsWriter
-from megatron_slm.train.optimizer import build_optimizer
-from megatron_slm.train.optimizer_state import initialise_state
 from megatron_slm.train.origin import Origin, restore, verify_origin
-from megatron_slm.train.random_state import RandomState
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.saved_state import layout_record
 from megatron_slm.train.schedule import learning_rate
-from megatron_slm.train.step import StepInput, StepPlan, TrainState
-
-
-class Run(NamedTuple):
-    """Everything that taking steps needs, built; ``log`` is there on the rank that writes it."""
-
-    resolved: Resolved
-    layout: Layout
-    data: Data
-    directory: RunDirectory
-    stop: StopRequest
-    state: TrainState
-    plan: StepPlan
-    loader: Any
-    log: MetricsWriter | None
-
-    @property
-    def vocab_size(self) -> int:
-        """Real tokens."""
-        return self.resolved.config.model.vocab_size or self.data.tokenizer.vocab_size
-
-    def inputs(self, beside: Beside | None = None) -> Iterator[StepInput]:
-        """Global batches from wherever the state's cursor stands."""
-        beside = beside or Beside()
-        if (kept := self.resolved.config.replay.batches_of) is not None:
-            return step_inputs(Path(kept), dist.get_rank(), self.state, self.plan.device)
-        if beside.policy is not None:
-            return beside.policy.inputs()
-        return stage_inputs(
-            self.loader, self.state, self.plan, batch_size=batch_sizes(self.resolved.config), beside=beside
-        )
-
-    def beside(self) -> Beside:
-        """The other models that the stage needs, built and loaded. Collective."""
-        config = self.resolved.config
-        match config.stage:
-            case "dpo":
-                build = partial(starting_model, self)
-                return Beside(
-                    pairs=PairReference(config, self.data, self.plan, self.state.cursor, build, self.directory.path)
-                )
-            case "distill" if config.distill.teacher_topk is None:
-                return Beside(teacher=teacher_of(self))
-            case "ppo" | "grpo":
-                return Beside(policy=Policy(self, *judge_of(self)))
-        return Beside()
-
-    def build_frozen(self, config: RunConfig, ending: Ending | Scalar) -> list[nn.Module]:
-        """Bare chunks of the model of ``config``, laid out as the trained one, that have no gradients."""
-        return build_frozen(config, self.plan.groups, self.plan.device, self.vocab_size, ending)
-
-
-class BuiltModel(NamedTuple):
-    """A rank's wrapped chunks, their optimizer and random streams, and why the layers are what they are."""
-
-    chunks: list[nn.Module]
-    optimizer: MegatronOptimizer
-    random: RandomState
-    reason: str
-
-
-class Layers(NamedTuple):
-    """Core's configuration, the layers' spec, the final norm's class, and why they are what they are."""
-
-    core: TransformerConfig
-    spec: ModuleSpec
-    norm: Any
-    reason: str
+from megatron_slm.train.step import StepPlan, TrainState
 
 
 def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = False) -> int:
@@ -155,11 +75,11 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     """
     config = resolved.config
     with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
-        beside = run.beside()
+        beside = beside_of(run)
         return run_loop(
             run.state,
             run.plan,
-            run.inputs(beside),
+            inputs_of(run, beside),
             build_hooks(
                 resolved,
                 run.data,
@@ -308,86 +228,6 @@ def build_state(
 
     state.parts |= own_parts(config, device, groups, build)
     return state, model.reason
-
-
-def build_model(
-    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, ending: Ending | Scalar | None = None
-) -> BuiltModel:
-    """What a configuration alone decides of a rank's state, without any data.
-
-    Args:
-        ending: of the model; the stage's by default.
-    """
-    core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
-    spec, norm, reason = choose_spec(device.type, config.model, packed_documents=packs_documents(config))
-    layers = Layers(core, spec, norm, reason)
-    return assemble_model(config, groups, device, vocab_size, layers=layers, ending=ending)
-
-
-def assemble_model(
-    config: RunConfig,
-    groups: Any,
-    device: torch.device,
-    vocab_size: int,
-    *,
-    layers: Layers,
-    ending: Ending | Scalar | None = None,
-) -> BuiltModel:
-    """The same of layers that are chosen already."""
-    core = layers.core
-    random = RandomState(config.train.seed, dp_rank=groups.dp_cp.rank(), pp_rank=groups.pp.rank())
-    chunks = build_chunks(
-        config.model,
-        core,
-        groups,
-        vocab_size=vocab_size,
-        seed=config.train.seed,
-        spec=(layers.spec, layers.norm),
-        device=device,
-        ending=ending or ending_of(config, vocab_size),
-    )
-    half = config.precision.bf16
-    chunks = wrap(
-        chunks,
-        core,
-        config.parallel,
-        groups,
-        reduce_in_fp32=half and config.precision.accumulate_allreduce_grads_in_fp32,
-    )
-    optimizer = build_optimizer(
-        chunks,
-        config.optimizer,
-        config.precision,
-        groups,
-        distributed=config.parallel.use_distributed_optimizer,
-        width_multiplier=config.model.width_multiplier,
-    )
-    initialise_state(optimizer)
-    return BuiltModel(chunks, optimizer, random, layers.reason)
-
-
-def build_frozen(
-    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, ending: Ending | Scalar
-) -> list[nn.Module]:
-    """Bare chunks of the configuration's model, laid out as the trained one, that have no gradients."""
-    core = transformer_config(config.model, config.parallel, config.precision, config.train, device=device.type)
-    spec, norm, _ = choose_spec(device.type, config.model, packed_documents=packs_documents(config))
-    chunks = build_chunks(
-        config.model,
-        core,
-        groups,
-        vocab_size=vocab_size,
-        seed=config.train.seed,
-        spec=(spec, norm),
-        device=device,
-        ending=ending,
-    )
-    return [chunk.eval().requires_grad_(requires_grad=False) for chunk in chunks]
-
-
-def packs_documents(config: RunConfig) -> bool:
-    """Whether tokens attend to their own document only: examples always do."""
-    return config.data.reset_attention_mask or config.stage != "pretrain"
 
 
 def train_loader(config: RunConfig, data: Data, groups: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_slm import run
+from megatron_slm import run, run_model
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.memory.capacity import Surroundings
@@ -86,7 +86,7 @@ def job_trace(
     """The trace of one rank of the job; ``device.preload("cpu")`` comes before."""
     return trace_rank(
         config,
-        build_declared if for_gpu else run.build_model,
+        build_declared if for_gpu else run_model.build_model,
         run.step_plan,
         rank=rank,
         world_size=world_size,
@@ -97,14 +97,14 @@ def job_trace(
     )
 
 
-def build_declared(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> run.BuiltModel:
-    """``run.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``."""
+def build_declared(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> run_model.BuiltModel:
+    """``run_model.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``."""
     # Core's deterministic attention asks the environment of a GPU, and its lookup by indexing is not declared.
     train = dataclasses.replace(config.train, deterministic=False)
     core = transformer_config(config.model, config.parallel, config.precision, train, device="cuda")
     spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
-    layers = run.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
-    built = run.assemble_model(config, groups, device, vocab_size, layers=layers)
+    layers = run_model.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
+    built = run_model.assemble_model(config, groups, device, vocab_size, layers=layers)
     use_loss([unwrap(chunk) for chunk in built.chunks])
     return built
 

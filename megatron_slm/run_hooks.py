@@ -28,8 +28,8 @@ from megatron_slm.replay.kept import TOKENIZER
 from megatron_slm.replay.recorder import Recorder
 from megatron_slm.replay.slots import joined
 from megatron_slm.replay.witness import Witness
+from megatron_slm.run_beside import Beside
 from megatron_slm.run_data import Data, data_record, identity
-from megatron_slm.run_stage import Beside
 from megatron_slm.run_validation import evaluation
 from megatron_slm.train import checkpoint, origin, run_directory
 from megatron_slm.train.attribution import investigation

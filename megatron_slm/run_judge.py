@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_slm.errors import ConfigError
+from megatron_slm.run_parts import Run
 from megatron_slm.stages.experience import Judge
-
-if TYPE_CHECKING:
-    from megatron_slm.run import Run
 
 
 def judge_of(run: Run) -> tuple[Judge, tuple[str, ...]]:

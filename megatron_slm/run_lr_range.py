@@ -12,8 +12,10 @@ from typing import Any
 from megatron_slm.config import rules
 from megatron_slm.config.load import Resolved
 from megatron_slm.launch.environment import RankEnvironment
-from megatron_slm.run import Run, assembled
+from megatron_slm.run import assembled
+from megatron_slm.run_beside import inputs_of
 from megatron_slm.run_hooks import stop_rule
+from megatron_slm.run_parts import Run
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.loop import EXIT_REACHED, EXIT_STOPPED
 from megatron_slm.train.lr_range import Curve, LearningRateRange, draw, range_record, suggest
@@ -52,7 +54,7 @@ def climb(run: Run, span: LearningRateRange) -> tuple[Curve, int]:
     """Take the steps; returns what was seen, equal on every rank, and the exit code. Collective."""
     config, state, log = run.resolved.config, run.state, run.log
     plan = replace(run.plan, learning_rate=span.learning_rate)
-    inputs, guard, stopping = run.inputs(), Guard(config.train), stop_rule(config, run.stop)
+    inputs, guard, stopping = inputs_of(run), Guard(config.train), stop_rule(config, run.stop)
     curve, over = Curve(span.window), False
     if log is not None:
         log.before_run(state)

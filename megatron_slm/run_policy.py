@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,6 +14,8 @@ from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.model.ending import Ending, HiddenStates, Scalar, TokenScores
 from megatron_slm.parallel.gradients import unwrap
+from megatron_slm.run_model import build_frozen
+from megatron_slm.run_parts import Run
 from megatron_slm.run_rollouts import Maker, evaluation_of_answers, group_size_of, rollouts_of, sampling_of
 from megatron_slm.run_stage import scored_vocabulary
 from megatron_slm.stages import ppo
@@ -24,9 +26,6 @@ from megatron_slm.stages.rollouts import NAME as ROLLOUT, Rollouts
 from megatron_slm.train import checkpoint, recovery
 from megatron_slm.train.hook import Part
 from megatron_slm.train.step import StepInput
-
-if TYPE_CHECKING:
-    from megatron_slm.run import Run
 
 BuildTrained = Callable[[RunConfig, Ending | Scalar], Any]
 """Wrapped chunks with an optimizer, laid out as the run's own."""
@@ -137,7 +136,7 @@ def teacher_of(run: Run) -> Frozen:
 def frozen(run: Run, config: RunConfig, source: Path, ending: Ending | Scalar) -> Frozen:
     """The weights of a checkpoint in bare chunks that have no gradients. Collective; random states stay."""
     random = run.state.random.capture()
-    chunks = run.build_frozen(config, ending)
+    chunks = build_frozen(config, run.plan.groups, run.plan.device, run.vocab_size, ending)
     checkpoint.load_weights(source, chunks)
     run.state.random.restore(random)
     return Frozen(chunks)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.data.cursor import Cursor
-from megatron_slm.data.examples.loader import RowLoader
-from megatron_slm.data.loader import TrainLoader
 from megatron_slm.model.ending import Ending, Scalar, TokenDivergence, TokenScores
-from megatron_slm.parallel.pipeline import Batch, LossFunction
+from megatron_slm.parallel.pipeline import LossFunction
 from megatron_slm.parallel.vocab_scores import Vocabulary
-from megatron_slm.run_reference import PairReference
 from megatron_slm.stages import distill, dpo, grpo, ppo, pretrain, reward, sft
 from megatron_slm.stages.config import GrpoConfig
-from megatron_slm.stages.reference import Frozen
-from megatron_slm.stages.teacher import TeacherMatrix, add_hidden
-from megatron_slm.train.step import StepInput, StepPlan, TrainState
+from megatron_slm.stages.teacher import TeacherMatrix
 
 if TYPE_CHECKING:
-    from megatron_slm.run_policy import Policy
+    pass
 
 
 class StageLoss(NamedTuple):
@@ -76,50 +69,3 @@ def group_config(config: RunConfig) -> GrpoConfig:
     """GRPO's section with the length that dr_grpo divides by filled in."""
     length = config.grpo.grpo_completion_length or config.rollout.max_new_tokens
     return replace(config.grpo, grpo_completion_length=length)
-
-
-class Beside(NamedTuple):
-    """The other models of a run, as far as its stage has any.
-
-    Attributes:
-        pairs: what DPO compares with.
-        teacher: of a distillation.
-        policy: answers and judges, of PPO and GRPO.
-    """
-
-    pairs: PairReference | None = None
-    teacher: Frozen | None = None
-    policy: Policy | None = None
-
-
-def stage_inputs(
-    loader: RowLoader | TrainLoader,
-    state: TrainState,
-    plan: StepPlan,
-    *,
-    batch_size: Callable[[int], int],
-    beside: Beside,
-) -> Iterator[StepInput]:
-    """Global batches of given data from wherever the state's cursor stands. Collective.
-
-    Args:
-        batch_size: samples of the global batch that begins after so many samples.
-    """
-    complete = partial(_complete_pairs, beside.pairs, loader) if beside.pairs is not None else None
-    for inputs in pretrain.step_inputs(loader, state, batch_size, plan, complete=complete):
-        if beside.pairs is not None:
-            beside.pairs.complete_live(inputs.micro_batches)
-        if beside.teacher is not None:
-            add_hidden(beside.teacher, inputs.micro_batches, plan)
-        yield inputs
-
-
-def _complete_pairs(
-    pairs: PairReference, loader: RowLoader | TrainLoader, batches: list[Batch], cursor: Cursor
-) -> None:
-    """Fields of the pairs in the whole micro-batches of the step that begins at ``cursor``."""
-    rows = [
-        [cursor.order.sample_id(at) for at in loader.positions(number, cursor.consumed_samples)]
-        for number in range(len(batches))
-    ]
-    pairs.complete(batches, [[(one.source, one.index) for one in row] for row in rows])

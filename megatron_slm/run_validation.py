@@ -12,10 +12,10 @@ from megatron_slm.data.loader import ValidLoader
 from megatron_slm.data.shares import after_validation
 from megatron_slm.evaluate.perplexity import HeldOut, held_out
 from megatron_slm.parallel.pipeline import Batch
+from megatron_slm.run_beside import Beside
 from megatron_slm.run_data import Data
 from megatron_slm.run_policy import Policy
 from megatron_slm.run_reference import PairReference
-from megatron_slm.run_stage import Beside
 from megatron_slm.stages import pretrain
 from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.ema import Ema

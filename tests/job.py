@@ -37,7 +37,7 @@ def train(config: RunConfig, iters: int, plant: Callable[[], None] | None = None
     Args:
         plant: changes code of this process before the model is built.
     """
-    from megatron_slm import run
+    from megatron_slm import run, run_model
     from megatron_slm.parallel.gradients import gathered_parameters
     from megatron_slm.parallel.groups import build_groups
     from megatron_slm.train import step as train_step
@@ -47,7 +47,7 @@ def train(config: RunConfig, iters: int, plant: Callable[[], None] | None = None
         plant()
     groups = build_groups(config.parallel)
     device = torch.device("cpu")
-    model = run.build_model(config, groups, device, config.model.vocab_size or 0)
+    model = run_model.build_model(config, groups, device, config.model.vocab_size or 0)
     state: Any = model  # a step asks for the chunks and the optimizer alone
     plan = run.step_plan(config, groups, device)
     outcome = Outcome()

@@ -50,14 +50,14 @@ class Measured(NamedTuple):
 
 def measured(config: RunConfig) -> Measured:
     """Build this rank and take steps: one that leaves what later ones find, the others for the two instruments."""
-    from megatron_slm import run
+    from megatron_slm import run, run_model
     from megatron_slm.memory.measure import StepRecorder
     from megatron_slm.parallel.groups import build_groups, is_last_pipeline_rank
 
     route_evenly()
     groups = build_groups(config.parallel)
     before = existing_bytes()  # of the calls that came before this one
-    built = run.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
+    built = run_model.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
     plan = run.step_plan(config, groups, torch.device("cpu"))
     take_step(config, built, plan)
     existing = existing_bytes() - before

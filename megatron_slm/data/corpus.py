@@ -149,6 +149,11 @@ def read_index(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}). {REMEDY}") from error
     version = index.get("schema_version") if isinstance(index, dict) else None
+    if isinstance(index, dict) and "examples_version" in index:
+        raise DataError(
+            f"{path.parent} holds compiled examples and no corpus of text: stages after pretraining read them, and "
+            "`mslm data show` describes them."
+        )
     if version != SCHEMA_VERSION:
         raise DataError(f"{path} has schema_version {version}, but this program reads {SCHEMA_VERSION}. {REMEDY}")
     checked: dict[str, Any] = index

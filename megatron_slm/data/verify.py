@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.corpus import Corpus, map_shard, read_index
+from megatron_slm.data.examples.store import ExampleStore
 from megatron_slm.data.manifest import manifest_is_whole, read_manifest
 from megatron_slm.data.shards import INDEX_NAME, file_sha256
 from megatron_slm.data.tokenizer import Tokenizer
@@ -51,8 +52,9 @@ def verify(data_path: str | Path) -> Verification:
         found.problems.append(f"{root}/manifest.json was changed: its content has another hash than it holds. {REMEDY}")
     found.problems += _small_files(root, manifest)
     found.problems += _tokenizer(root, manifest)
+    split = _examples if "kind" in manifest else _split
     for name, facts in manifest["splits"].items():
-        found.problems += _split(root / name, facts, found)
+        found.problems += split(root / name, facts, found)
     return found
 
 
@@ -97,6 +99,26 @@ def _split(directory: Path, facts: dict[str, Any], found: Verification) -> Itera
         yield str(error)
     except (KeyError, TypeError) as error:
         yield f"{directory / INDEX_NAME} is damaged: {error!r} is missing or of a wrong type. {REMEDY}"
+
+
+def _examples(directory: Path, facts: dict[str, Any], found: Verification) -> Iterator[str]:
+    """The problems of one split of compiled examples."""
+    found.num_splits += 1
+    try:
+        store = ExampleStore.open(directory, verify="hash")
+        digest = store.content_digest()
+    except DataError as error:
+        yield str(error)
+        return
+    found.num_shards += len(store.index["shards"])
+    found.num_documents += store.num_documents
+    found.num_tokens += store.num_tokens
+    found.num_bytes += sum(one["bytes"] for one in (*store.index["shards"], store.index["documents"]))
+    if not digest == store.digest == facts.get("digest"):
+        yield (
+            f"{directory} has the digest {digest}, but its index promises {store.digest} and the manifest "
+            f"{facts.get('digest')}. {REMEDY}"
+        )
 
 
 def _shards(directory: Path, index: dict[str, Any], found: Verification) -> Iterator[str]:

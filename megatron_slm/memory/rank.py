@@ -28,7 +28,7 @@ from megatron_slm.train.optimizer_state import global_name
 from megatron_slm.train.step import StepPlan
 
 Build = Callable[[RunConfig, Any, torch.device, int], Any]
-"""``run.build_model``: configuration, process groups, device, vocabulary -> chunks, optimizer."""
+"""``run_model.build_model``: configuration, process groups, device, vocabulary -> chunks, optimizer."""
 Plan = Callable[[RunConfig, Any, torch.device], StepPlan]
 """``run.step_plan``."""
 

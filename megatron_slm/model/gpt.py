@@ -83,6 +83,7 @@ class GPT(GPTModel):
     """
 
     output_layer: Any
+    post_process: bool
 
     def __init__(self, *, ending: Ending | Scalar, output_multiplier: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -148,10 +149,16 @@ class GPT(GPTModel):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Core's, which forgets to complete the metadata that it reads for the embedding of multi-token prediction."""
+        """Core's, which forgets to complete the metadata that it reads for the embedding of multi-token prediction.
+
+        It also takes every last stage to have an output matrix.
+        """
+        ends = self.post_process
+        self.post_process = ends and self.output_layer is not None
         state: dict[str, Any] = super().sharded_state_dict(
             prefix, sharded_offsets, ensure_metadata_has_dp_cp_group(metadata)
         )
+        self.post_process = ends
         return state
 
 

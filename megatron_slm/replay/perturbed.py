@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_slm.config.load import Resolved, load
 from megatron_slm.errors import CheckpointError, ReplayError
+from megatron_slm.replay.config import ReplayConfig
 from megatron_slm.replay.rerun import EXIT_REACHED, EXIT_STOPPED, Start, anew, directory_of
 from megatron_slm.train import manifest, publish
 from megatron_slm.train.config import OptimizerConfig
@@ -89,7 +90,7 @@ def like(checkpoint: Path, directory: Path, *, last: int, save_interval: int = 1
         checkpoint=dataclasses.replace(
             config.checkpoint, save_interval=save_interval, keep_last=None, save_retain_interval=None
         ),
-        replay=dataclasses.replace(config.replay, level="none", op_steps=()),
+        replay=ReplayConfig(whole_steps=config.replay.whole_steps),
     )
 
 

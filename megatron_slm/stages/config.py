@@ -162,7 +162,7 @@ class GrpoConfig:
     grpo_kl_estimator: str = option(
         "k3",
         "estimate of that distance from the sampled token; the gradient of k1 alone has mean 0",
-        choices=("k1", "k3"),
+        choices=("k3", "k1"),
     )
     grpo_kl_bias_correction: bool | None = option(
         None, "multiply that distance by the ratio (arXiv 2512.02556); default the convention's, true for trl alone"

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm import run
+from megatron_slm import run, run_model
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.layout import Layout
@@ -100,7 +100,7 @@ class Bench:
     def build(config: RunConfig, groups: Any) -> Bench:
         """Model and optimizer as a run of ``config`` builds them, with a fixed learning rate."""
         device = torch.device("cpu")
-        model = run.build_model(config, groups, device, config.model.vocab_size or setting.VOCAB_SIZE)
+        model = run_model.build_model(config, groups, device, config.model.vocab_size or setting.VOCAB_SIZE)
         state = TrainState(model.chunks, model.optimizer, model.random, start_cursor(config))
         rate = config.optimizer.lr or FALLBACK_RATE
         plan = run.step_plan(config, groups, device)

@@ -69,10 +69,11 @@ class Blocks:
     """Steps of one run, with and without a save among them."""
 
     def __init__(self, parts: Any, resolved: dict[str, Any]) -> None:
+        from megatron_slm.run_beside import inputs_of
         from megatron_slm.run_hooks import build_interventions, checkpoint_hook
         from megatron_slm.train.guard import Guard
 
-        self._parts, self._inputs = parts, parts.inputs()
+        self._parts, self._inputs = parts, inputs_of(parts)
         shared = (parts.data, parts.loader, parts.layout, parts.directory, None)
         self._interventions = build_interventions(parts.resolved, *shared)
         self._guard = Guard(parts.resolved.config.train)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_slm import run
+from megatron_slm import run, run_model
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.capacity import Surroundings
 from megatron_slm.memory.ledger import Row, ledger
@@ -184,8 +184,10 @@ def generation(gpu: str) -> Generation:
     return "ampere" if gpu.startswith("A100") else "blackwell" if "B200" in gpu or "B300" in gpu else "hopper"
 
 
-def _built(config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, target: Target) -> run.BuiltModel:
-    """``run.build_model`` as the measured program builds it."""
+def _built(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, target: Target
+) -> run_model.BuiltModel:
+    """``run_model.build_model`` as the measured program builds it."""
     core = transformer_config(config.model, config.parallel, config.precision, config.train, device="cuda")
     options = {**declared.declared_options(config.model, published=True), **dict(target.options)}
     if config.parallel.context_parallel_size == 1:
@@ -193,8 +195,8 @@ def _built(config: RunConfig, groups: Any, device: torch.device, vocab_size: int
     for name, value in options.items():
         setattr(core, name, value)
     spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
-    layers = run.Layers(core, spec, norm, "layers: as they are declared")
-    built = run.assemble_model(config, groups, device, vocab_size, layers=layers)
+    layers = run_model.Layers(core, spec, norm, "layers: as they are declared")
+    built = run_model.assemble_model(config, groups, device, vocab_size, layers=layers)
     use_loss([unwrap(chunk) for chunk in built.chunks])
     return built
 

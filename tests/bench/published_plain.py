@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megatron_slm import run
+from megatron_slm import run_model
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.model.core_config import transformer_config
 from megatron_slm.parallel.attention import SelfAttentionCore
@@ -108,8 +108,8 @@ class Widened(torch.autograd.Function):
 
 def build_plain(
     config: RunConfig, groups: Any, device: torch.device, vocab_size: int, *, fused_norm: bool
-) -> run.BuiltModel:
-    """``run.build_model`` as AlephLayouts' program builds it.
+) -> run_model.BuiltModel:
+    """``run_model.build_model`` as AlephLayouts' program builds it.
 
     Args:
         fused_norm: with FlashAttention's kernel for RMSNorm.
@@ -122,7 +122,9 @@ def build_plain(
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     parts.self_attention.submodules.core_attention = PlainAttention
     parts.mlp.module = PlainMLP
-    built = run.assemble_model(config, groups, device, vocab_size, layers=run.Layers(core, spec, norm, "plain layers"))
+    built = run_model.assemble_model(
+        config, groups, device, vocab_size, layers=run_model.Layers(core, spec, norm, "plain layers")
+    )
     for chunk in built.chunks:
         for layer in unwrap(chunk).modules():
             if isinstance(layer, ColumnParallelLinear) and core.sequence_parallel:

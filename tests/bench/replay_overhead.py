@@ -50,7 +50,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, pairs: int
     import torch
     import torch.distributed as dist
 
-    from megatron_slm import run
+    from megatron_slm import run, run_hooks
     from megatron_slm.config.load import load
     from megatron_slm.parallel.groups import process_groups
     from megatron_slm.parallel.layout import Layout
@@ -74,7 +74,7 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, pairs: int
         state, _ = run.build_state(config, data, groups, device, VOCAB)
         plan = run.step_plan(config, groups, device)
         loader = run.train_loader(config, data, groups)
-        inputs = pretrain.step_inputs(loader, state, run.batch_sizes(config), plan)
+        inputs = pretrain.step_inputs(loader, state, run_hooks.batch_sizes(config), plan)
         record = RunDirectory(directory / "overhead")
         interventions = run.build_interventions(resolved, data, loader, layout, record, None)
         guard = Guard(config.train)

@@ -51,10 +51,11 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
     import torch
     import torch.distributed as dist
 
-    from megatron_slm import run
+    from megatron_slm import run, run_hooks
     from megatron_slm.config.load import load
     from megatron_slm.parallel.groups import process_groups
     from megatron_slm.parallel.layout import Layout
+    from megatron_slm.stages import pretrain
     from megatron_slm.train.guard import Guard
     from megatron_slm.train.hook import Hook
     from megatron_slm.train.loop import run_loop
@@ -73,10 +74,12 @@ def rank(environment: RankEnvironment, corpus: Path, directory: Path, blocks: in
         config.parallel, device="cpu", rank=environment.rank, world_size=environment.world_size, master=master
     ) as groups:
         state, _ = run.build_state(config, data, groups, torch.device("cpu"), bare_loop.VOCAB)
-        log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, 0) if environment.rank == 1 else None
+        log = None
+        if environment.rank == 1:
+            log = run.open_log(config, record, layout, "cpu", bare_loop.VOCAB, step=0, loss_name="lm loss")
         plan = run.step_plan(config, groups, torch.device("cpu"))
         loader = run.train_loader(config, data, groups)
-        inputs = run.pretrain.step_inputs(loader, state, run.batch_sizes(config), plan)
+        inputs = pretrain.step_inputs(loader, state, run_hooks.batch_sizes(config), plan)
         interventions = run.build_interventions(resolved, data, loader, layout, record, log)
         guard = Guard(config.train)
 

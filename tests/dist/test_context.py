@@ -97,14 +97,14 @@ def test_bf16_trains_like_one_rank(exchange: str) -> None:
 
 def built(overrides: list[str]) -> tuple[int, float, str]:
     """(cp rank, what dropout would draw next where tp ranks agree, exchange of the attention) of this rank of a run."""
-    from megatron_slm import run
+    from megatron_slm import run_model
     from megatron_slm.config.load import load
     from megatron_slm.parallel.gradients import unwrap
     from megatron_slm.parallel.groups import build_groups
 
     config = load(None, overrides).config
     groups = build_groups(config.parallel)
-    model = unwrap(run.build_model(config, groups, torch.device("cpu"), 512).chunks[0])
+    model = unwrap(run_model.build_model(config, groups, torch.device("cpu"), 512).chunks[0])
     draw = float(torch.rand(1))
     return groups.cp.rank(), draw, type(model.decoder.layers[0].self_attention.core_attention.over).__name__
 

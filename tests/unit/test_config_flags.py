@@ -45,7 +45,7 @@ def _another_value(name: str) -> str:
         return "false" if key.default else "true"
     return {
         int: str(max(3, int(key.minimum or 0))),
-        float: "0.5" if (key.minimum or 0) <= 0.5 else "2.5",
+        float: "2.5" if (key.minimum or 0) > 0.5 else "0.25" if key.default == 0.5 or key.below == 0.5 else "0.5",
         str: "other",
         tuple: "mlp",
     }[key.kind]

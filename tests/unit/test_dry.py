@@ -24,7 +24,7 @@ from megatron.core.transformer import multi_token_prediction  # noqa: E402
 from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor  # noqa: E402
 
-from megatron_slm import run  # noqa: E402
+from megatron_slm import run, run_model  # noqa: E402
 from megatron_slm.memory.rank import trace_rank  # noqa: E402
 from megatron_slm.parallel import dry  # noqa: E402
 from megatron_slm.parallel.router import Router  # noqa: E402
@@ -63,7 +63,7 @@ def config(*overrides: str) -> RunConfig:
 def trace(one: RunConfig, rank: int = 0) -> Any:
     world = one.parallel.world_size or 1
     return trace_rank(
-        one, run.build_model, run.step_plan, rank=rank, world_size=world, vocab_size=one.model.vocab_size or 0
+        one, run_model.build_model, run.step_plan, rank=rank, world_size=world, vocab_size=one.model.vocab_size or 0
     )
 
 

@@ -21,6 +21,7 @@ from megatron_slm.data.examples.store import ExampleStore
 from megatron_slm.data.examples.template import open_template
 from megatron_slm.data.manifest import manifest_is_whole, read_manifest
 from megatron_slm.data.tokenizer import Tokenizer
+from megatron_slm.data.verify import verify
 from megatron_slm.errors import DataError
 from tests.example_files import TEXT, byte_level, compiled, pieces, write_rows
 
@@ -53,6 +54,10 @@ def test_what_is_written(tmp_path: Path, tokenizer: Path) -> None:
     assert saved.decode(store.tokens(0).tolist()).startswith("User:\nSort")
     assert store.num_tokens == store.lengths.sum() == sum(again["splits"]["train"]["tokens_by_role"].values())
     assert not (tmp_path / ".out.preparing").exists()
+    found = verify(tmp_path / "out")
+    assert not found.problems and found.num_documents == 40
+    (tmp_path / "out" / "tokenizer" / "chat_template.jinja").write_text("another")
+    assert any("chat_template.jinja is damaged" in problem for problem in verify(tmp_path / "out").problems)
 
 
 def test_an_equal_request_is_done_and_another_is_refused(tmp_path: Path, tokenizer: Path) -> None:

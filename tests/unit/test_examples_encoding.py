@@ -172,3 +172,19 @@ def test_an_encoder_goes_to_another_process(chatml: Tokenizer) -> None:
     record: Record = record_of(CHAT, "chat")
     again = pickle.loads(pickle.dumps(made)).conversation(record, record.answers[0])
     assert np.array_equal(again.tokens, encoded(made, CHAT).tokens)
+
+
+@pytest.mark.parametrize("source", [BUILT_IN["chatml"], BUILT_IN["plain"]])
+def test_text_ids_and_mask_are_those_of_transformers(chatml: Tokenizer, source: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chatml.path), eos_token="<|endoftext|>")
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    expected = theirs.apply_chat_template(CHAT["messages"], chat_template=source, **options)
+    ours = encoded(encoder(chatml, source), CHAT)
+    length = len(ours.tokens)
+    assert ours.tokens.tolist() == expected["input_ids"][:length]
+    assert (ours.weights != 0).tolist() == [bool(one) for one in expected["assistant_masks"][:length]]
+    assert not any(expected["assistant_masks"][length:]), "what is cut off is not trained"
+    asked = theirs.apply_chat_template(CHAT["messages"][:2], chat_template=source, add_generation_prompt=True)
+    prompt = encoder(chatml, source).prompt(record_of({"prompt": CHAT["messages"][:2]}, "prompt"))
+    assert prompt.tokens.tolist() == (asked if isinstance(asked, list) else asked["input_ids"])

@@ -11,6 +11,7 @@ import torch
 
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.examples.curriculum import curriculum, curriculum_order
 from megatron_slm.data.examples.document import Document, build_rows, row_of
 from megatron_slm.data.examples.loader import PromptLoader, RowLoader, ValidRowLoader
 from megatron_slm.data.examples.prompts import Prompts
@@ -171,6 +172,10 @@ def test_what_does_not_fit_is_refused(folder: Path) -> None:
         rows_of(folder, "prompts")
     with pytest.raises(DataError, match="--kind prompt"):
         Prompts(ExampleStore.open(folder / "chats" / "out" / "train"), 256, 16)
+    with pytest.raises(DataError, match="compiled examples"):
+        Corpus.open(folder / "chats" / "out" / "train")
+    with pytest.raises(DataError, match="no split of compiled examples"):
+        ExampleStore.open(folder)
     with pytest.raises(DataError, match="max_new_tokens"):
         Prompts(ExampleStore.open(folder / "prompts" / "out" / "train"), 32, 31)
 
@@ -252,3 +257,16 @@ def test_prompts_are_dealt_by_position(folder: Path) -> None:
     for at, prompt in found:
         assert prompt == prompts.prompt(order.sample_id(at).index)
     assert {prompt.fields["answer"] for prompt in prompts.prompts(range(24))} == set(range(24))
+
+
+def test_a_curriculum_reads_every_part_once_and_then_all(folder: Path) -> None:
+    parts = curriculum("chat", rows_of(folder), 3, sorted_by="score")
+    assert list(parts) == ["chat-1", "chat-2", "chat-3"]
+    order = curriculum_order(parts, seed=1)
+    total = sum(rows.num_samples for rows in parts.values())
+    read = [order.sample_id(position) for position in range(2 * total)]
+    names = [sample.source for sample in read]
+    assert names[:total] == [name for name, rows in parts.items() for _ in range(rows.num_samples)]
+    assert len({(sample.source, sample.index) for sample in read[:total]}) == total
+    assert set(names[total:]) == set(parts)
+    assert Cursor.from_dict(Cursor.start(order, "t").advance(total).to_dict()).order == order

@@ -15,7 +15,7 @@ device.preload("cpu")
 
 import torch  # noqa: E402
 
-from megatron_slm import run  # noqa: E402
+from megatron_slm import run, run_model  # noqa: E402
 from megatron_slm.memory.rank import RankTrace  # noqa: E402
 from megatron_slm.memory.replay import alive_at_worst, effective, replay  # noqa: E402
 from megatron_slm.memory.trace import Phase, Recorder  # noqa: E402
@@ -42,7 +42,7 @@ def stepped(config: RunConfig, rank: int) -> tuple[int, int]:
     """Bytes between steps, and the most in a second whole step, recorded in the dry world."""
     world = config.parallel.world_size or 1
     with dry_world(config.parallel, rank=rank, world_size=world) as groups, Recorder() as recorder:
-        built: Any = run.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
+        built: Any = run_model.build_model(config, groups, torch.device("cpu"), config.model.vocab_size or 0)
         static = current = sum(recorder.blocks[number].size for number in recorder.alive())
         plan = run.step_plan(config, groups, torch.device("cpu"))
         take_step(config, built, plan)
@@ -89,7 +89,7 @@ def traced(config: RunConfig, rank: int) -> RankTrace:
 
     return trace_rank(
         config,
-        run.build_model,
+        run_model.build_model,
         run.step_plan,
         rank=rank,
         world_size=config.parallel.world_size or 1,

@@ -23,7 +23,7 @@ from megatron_slm.data.quality.config import QualityConfig
 from megatron_slm.data.quality.duplicates import Duplicates
 from megatron_slm.data.quality.evidence import NUM_EXAMPLES
 from megatron_slm.data.quality.screen import Screened
-from megatron_slm.data.shards import INDEX_NAME, file_sha256
+from megatron_slm.data.shards import file_sha256
 from megatron_slm.data.tokenizer import COMPANIONS_FOLDER, Tokenizer
 from megatron_slm.errors import DataError
 
@@ -115,6 +115,11 @@ def assemble(
             "truncated": findings.truncated,
             "leakage": {"train_rows_like_valid": findings.num_leaks, "first": findings.leaks},
             "splits": splits,
+            "files": {
+                str(path.relative_to(directory)): file_sha256(path)
+                for path in sorted(directory.rglob("*"))
+                if path.is_file() and path.suffix != ".arrow"
+            },
         }
         return write_manifest(directory, manifest)
 
@@ -184,7 +189,6 @@ def _described(writer: SplitWriter, rows: int, options: Options) -> dict[str, An
     index = writer.finish()
     counts = ("num_documents", "num_tokens", "longest", "tokens_by_role", "trained_by_role", "digest")
     described = {"rows": rows, **{name: index[name] for name in counts}}
-    described["index_sha256"] = file_sha256(writer.directory / INDEX_NAME)
     if options.kind != "prompt":
         packing = ExampleRows(ExampleStore.open(writer.directory), options.seq_length).packing
         described["packing"] = {

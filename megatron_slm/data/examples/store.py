@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ the part of an assistant's message before its answer."""
 TEMPLATE, ASSISTANT, RATIONALE = ROLES.index("template"), ROLES.index("assistant"), ROLES.index("rationale")
 STREAM_COLUMNS = ("tokens", "weights", "roles")
 DOCUMENT_COLUMNS = ("shard", "start", "length", "number", "source", "margin", "score", "fields")
+DIGEST_FACTS = ("kind", "vocab_size", "eod_id", "tokenizer_hash")
 DOCUMENTS_NAME = "documents.arrow"
 REMEDY = "Run `mslm data examples` again into a new directory, or copy the examples anew."
 
@@ -121,27 +123,43 @@ class ExampleStore:
         found: dict[str, Any] = json.loads(text) if text else {}
         return found
 
+    def content_digest(self) -> str:
+        """:attr:`digest`, of what is really there."""
+        found = ExampleDigest(self.index)
+        for document in range(self.num_documents):
+            fields = self._fields[document].as_py()
+            found.update(self.tokens(document), self.weights(document), float(self.margins[document]), fields)
+        return found.hexdigest()
+
     def _column(self, name: str, document: int) -> np.ndarray:
         start = self._start[document]
         return self._shards[self._shard[document]][name][start : start + self.lengths[document]]
 
 
 def holds_examples(directory: str | Path) -> bool:
-    """Whether ``directory`` is a split of compiled examples, and not of a corpus."""
-    return Path(directory, DOCUMENTS_NAME).exists()
+    """Whether ``directory`` is a split of compiled examples, and not of a corpus or nothing that can be read."""
+    try:
+        return "examples_version" in json.loads(Path(directory, INDEX_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 class ExampleDigest:
-    """The identity of a split: what a model is trained on, not how it is cut into shards."""
+    """The identity of a split: what a model is trained on, not how it is cut into shards.
 
-    def __init__(self, header: dict[str, Any]) -> None:
+    Args:
+        facts: those of :data:`DIGEST_FACTS` and others. What a template has made is in the documents.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        header = {name: facts[name] for name in DIGEST_FACTS}
         self._hash = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + b"\n")
 
     def update(self, tokens: np.ndarray, weights: np.ndarray, margin: float, fields: str) -> None:
         """Append one document."""
         # The length in front: else two documents could be one.
         self._hash.update(len(tokens).to_bytes(8, "little") + np.asarray(tokens, dtype="<i4").tobytes())
-        self._hash.update(np.asarray([*weights, margin], dtype="<f4").tobytes() + fields.encode() + b"\n")
+        self._hash.update(np.append(weights, margin).astype("<f4").tobytes() + fields.encode() + b"\n")
 
     def hexdigest(self) -> str:
         """sha256 of the header and of all documents so far."""

@@ -32,14 +32,13 @@ class SplitWriter:
 
     Args:
         facts: copied into the index: ``kind``, ``vocab_size``, ``eod_id``, ``tokenizer_hash``, ``template_sha256``,
-            ``sources``. All but the last two are part of the digest: what a template has made is in the documents.
+            ``sources``.
     """
 
     def __init__(self, directory: Path, facts: dict[str, Any], shard_tokens: int) -> None:
         self.directory, self._facts, self._shard_tokens = directory, facts, shard_tokens
         self._dtype = token_dtype(facts["vocab_size"])
-        header = {name: facts[name] for name in ("kind", "vocab_size", "eod_id", "tokenizer_hash")}
-        self._digest = ExampleDigest(header)
+        self._digest = ExampleDigest(facts)
         self._pending: list[Encoded] = []
         self._num_pending = 0
         self._documents: dict[str, list[Any]] = {name: [] for name in DOCUMENT_COLUMNS}

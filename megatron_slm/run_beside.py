@@ -1,0 +1,85 @@
+"""Where the steps of a run come from, and the other models that its stage needs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.examples.loader import RowLoader
+from megatron_slm.data.loader import TrainLoader
+from megatron_slm.parallel.pipeline import Batch
+from megatron_slm.replay.batches import step_inputs
+from megatron_slm.run_judge import judge_of
+from megatron_slm.run_parts import Run
+from megatron_slm.run_policy import Policy, starting_model, teacher_of
+from megatron_slm.run_reference import PairReference
+from megatron_slm.stages import pretrain
+from megatron_slm.stages.reference import Frozen
+from megatron_slm.stages.teacher import add_hidden
+from megatron_slm.train.batch_size import global_batch_size_at
+from megatron_slm.train.step import StepInput
+
+
+class Beside(NamedTuple):
+    """The other models of a run, as far as its stage has any.
+
+    Attributes:
+        pairs: what DPO compares with.
+        teacher: of a distillation.
+        policy: answers and judges, of PPO and GRPO.
+    """
+
+    pairs: PairReference | None = None
+    teacher: Frozen | None = None
+    policy: Policy | None = None
+
+
+def beside_of(run: Run) -> Beside:
+    """The other models that the stage needs, built and loaded. Collective."""
+    config = run.resolved.config
+    match config.stage:
+        case "dpo":
+            build = partial(starting_model, run)
+            return Beside(pairs=PairReference(config, run.data, run.plan, run.state.cursor, build, run.directory.path))
+        case "distill" if config.distill.teacher_topk is None:
+            return Beside(teacher=teacher_of(run))
+        case "ppo" | "grpo":
+            return Beside(policy=Policy(run, *judge_of(run)))
+    return Beside()
+
+
+def inputs_of(run: Run, beside: Beside | None = None) -> Iterator[StepInput]:
+    """Global batches from wherever the state's cursor stands. Collective, where ``beside`` holds models."""
+    config, beside = run.resolved.config, beside or Beside()
+    if (kept := config.replay.batches_of) is not None:
+        return step_inputs(Path(kept), dist.get_rank(), run.state, run.plan.device)
+    if beside.policy is not None:
+        return beside.policy.inputs()
+    return _inputs_of_data(run, beside)
+
+
+def _inputs_of_data(run: Run, beside: Beside) -> Iterator[StepInput]:
+    complete = partial(_complete_pairs, beside.pairs, run.loader) if beside.pairs is not None else None
+    batch_size = partial(global_batch_size_at, train=run.resolved.config.train)
+    for inputs in pretrain.step_inputs(run.loader, run.state, batch_size, run.plan, complete=complete):
+        if beside.pairs is not None:
+            beside.pairs.complete_live(inputs.micro_batches)
+        if beside.teacher is not None:
+            add_hidden(beside.teacher, inputs.micro_batches, run.plan)
+        yield inputs
+
+
+def _complete_pairs(
+    pairs: PairReference, loader: RowLoader | TrainLoader, batches: list[Batch], cursor: Cursor
+) -> None:
+    """Fields of the pairs in the whole micro-batches of the step that begins at ``cursor``."""
+    rows = [
+        [cursor.order.sample_id(at) for at in loader.positions(number, cursor.consumed_samples)]
+        for number in range(len(batches))
+    ]
+    pairs.complete(batches, [[(one.source, one.index) for one in row] for row in rows])
