@@ -179,10 +179,13 @@ def load_weights(
         )
     request = sharded_models(chunks)
     stored = read_index(path).tensors
-    own = [{key: entries.pop(key) for key in [*entries] if _new_head(key, stored)} for entries in request.values()]
+    own = {
+        name: {key: entries.pop(key).data for key in [*entries] if _new_head(key, stored)}
+        for name, entries in request.items()
+    }
     loaded = read_payload(ema_request(request) if ema else request, path)
-    for entries, kept in zip(loaded.values(), own, strict=False):
-        entries.update({key: entry.data for key, entry in kept.items()})
+    for name, kept in own.items():
+        loaded[name].update(kept)
     _load_chunks(loaded, chunks)
     if optimizer is not None:
         optimizer.reload_model_params()

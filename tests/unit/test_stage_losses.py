@@ -173,6 +173,17 @@ def test_conventions_fill_in_what_is_not_given() -> None:
     assert SftConfig().sft_loss == "nll"
 
 
+def test_the_cross_entropy_has_its_share_and_the_divergence_the_rest() -> None:
+    start = made("distill")
+    of = {
+        weight: distill.loss(start.output, start.batch, config=DistillConfig(distill_ce_weight=weight))[2]
+        for weight in (0.0, 0.3, 1.0)
+    }
+    assert mean(of[1.0], "loss") == pytest.approx(mean(of[0.0], "nll"))
+    expected = 0.7 * mean(of[0.0], "loss") + 0.3 * mean(of[0.0], "nll")
+    assert mean(of[0.3], "loss") == pytest.approx(expected)
+
+
 def stored(teacher: Tensor, student: Tensor, beta: float, tail: str) -> float:
     """Mean divergence [tokens, K] of a stored teacher."""
     tokens, width = teacher.shape
