@@ -26,6 +26,7 @@ setup(
         "torch>=2.11,<2.14",
         # The last line of core for Python 3.10 and 3.11, and parallel/device.py is written against this release.
         "megatron-core==0.16.1",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "nvidia-ml-py>=12.560",

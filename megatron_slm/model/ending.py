@@ -131,6 +131,8 @@ class ScalarHead(nn.Module):
     def __init__(self, hidden_size: int, *, sequence_parallel: bool, group: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        # Each rank multiplies its own tokens: core then adds the gradient up over tp, as it does for norms.
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self._sequence_parallel = sequence_parallel
         self._group = group
 

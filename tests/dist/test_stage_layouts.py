@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.train.config import TrainConfig
+from megatron_slm.train.config import OptimizerConfig, TrainConfig
 from tests.pool import RankPool
 from tests.stage_training import CONFIGS, train_stage
 from tests.training import Outcome, Task, worst_difference
 
-TASK = Task(iters=3, train=TrainConfig(micro_batch_size=1, global_batch_size=8), packed=True)
+# Without clipping: core's norm is fp32, and so would be the factor that every gradient is multiplied by.
+TASK = Task(
+    iters=3,
+    train=TrainConfig(micro_batch_size=1, global_batch_size=8),
+    optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0),
+    packed=True,
+)
 TP, PP, SP, CP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

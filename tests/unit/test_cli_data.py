@@ -154,6 +154,8 @@ def test_the_examples_of_the_data_verbs_work_as_typed(
         for block in (Path(sysconfig.get_path("stdlib")) / "ast.py").read_text().split("\n\n") * 2
     )
     Path("books.jsonl").write_text(text)
+    chats = [json.dumps({"prompt": f"Question {number}?", "completion": "Answer."}) for number in range(8)]
+    Path("chats.jsonl").write_text("\n".join(chats))
     verbs = [name for name in VERBS if name.startswith("data ")]
     assert verbs[0] == "data prepare", "the others read what it writes"
     for name in verbs:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_slm.cli import main
-from megatron_slm.data.examples import compiling, making
+from megatron_slm.data.examples import making
 from megatron_slm.data.examples.compiling import compile_examples
 from megatron_slm.data.examples.report import describe
 from megatron_slm.data.examples.request import Options
@@ -91,6 +91,17 @@ def test_formats_workers_chunks_and_shards_change_nothing(
         )
 
 
+def test_conversations_in_parquet(tmp_path: Path, tokenizer: Path) -> None:
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "weight": 0.5}]
+    compiled(tmp_path, [{"messages": said}, {"messages": [*said, *said]}], tokenizer)
+    pa.parquet.write_table(
+        pa.Table.from_pylist([{"messages": said}, {"messages": [*said, *said]}]), tmp_path / "x.parquet"
+    )
+    options = Options(kind="chat", seq_length=256, valid_share=0.0)
+    compile_examples([tmp_path / "x.parquet"], tmp_path / "x", options, tokenizer_model=tokenizer, template="plain")
+    assert ExampleStore.open(tmp_path / "x" / "train").digest == opened(tmp_path).digest
+
+
 def test_a_killed_compilation_goes_on(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compiled(tmp_path, ROWS, tokenizer)["splits"]
     monkeypatch.setattr(making, "CHUNK_ROWS", 10)
@@ -111,7 +122,6 @@ def test_a_killed_compilation_goes_on(tmp_path: Path, tokenizer: Path, monkeypat
     assert not (tmp_path / "later").exists()
     assert compile_examples(*arguments, tokenizer_model=tokenizer, template="plain")["splits"] == whole
     assert made == [0, 1, 2, 2, 3], "finished chunks are not made again"
-    assert compiling.CHUNK_ROWS
 
 
 BAD: list[Any] = [

@@ -174,7 +174,13 @@ def test_an_encoder_goes_to_another_process(chatml: Tokenizer) -> None:
     assert np.array_equal(again.tokens, encoded(made, CHAT).tokens)
 
 
-@pytest.mark.parametrize("source", [BUILT_IN["chatml"], BUILT_IN["plain"]])
+WITH_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are helpful<|im_end|>\\n' }}{% endif %}"
+)
+"""As many published templates begin."""
+
+
+@pytest.mark.parametrize("source", [BUILT_IN["chatml"], BUILT_IN["plain"], WITH_SYSTEM + BUILT_IN["chatml"]])
 def test_text_ids_and_mask_are_those_of_transformers(chatml: Tokenizer, source: str) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chatml.path), eos_token="<|endoftext|>")
@@ -185,6 +191,10 @@ def test_text_ids_and_mask_are_those_of_transformers(chatml: Tokenizer, source: 
     assert ours.tokens.tolist() == expected["input_ids"][:length]
     assert (ours.weights != 0).tolist() == [bool(one) for one in expected["assistant_masks"][:length]]
     assert not any(expected["assistant_masks"][length:]), "what is cut off is not trained"
+    derived = encoded(
+        encoder(chatml, source.replace("{% generation %}", "").replace("{% endgeneration %}\n", "")), CHAT
+    )
+    assert derived.tokens.tolist() == ours.tokens.tolist() and derived.weights.tolist() == ours.weights.tolist()
     asked = theirs.apply_chat_template(CHAT["messages"][:2], chat_template=source, add_generation_prompt=True)
     prompt = encoder(chatml, source).prompt(record_of({"prompt": CHAT["messages"][:2]}, "prompt"))
     assert prompt.tokens.tolist() == (asked if isinstance(asked, list) else asked["input_ids"])

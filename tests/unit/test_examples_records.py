@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.data.examples.records import BadRow, Message, opening_of, record_of, text_of
+from megatron_slm.data.examples.records import BadRow, Message, opening_of, record_of, text_of, transcript_of
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 
@@ -56,6 +56,7 @@ def test_what_is_compared() -> None:
     record = record_of({"messages": [system, USER, ANSWER, USER, ANSWER]}, "chat")
     assert text_of(record) == "Q\nA\nQ\nA"
     assert opening_of(record) == "user: Q"
+    assert transcript_of(record) == "system: S\nuser: Q\nassistant: A\nuser: Q\nassistant: A"
 
 
 @pytest.mark.parametrize(

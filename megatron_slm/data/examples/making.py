@@ -13,7 +13,7 @@ from megatron_slm.data.documents import Source
 from megatron_slm.data.examples.encoding import Encoded, ExampleEncoder
 from megatron_slm.data.examples.evaluation import EvaluationTexts
 from megatron_slm.data.examples.reading import RawRow, parsed, read_rows
-from megatron_slm.data.examples.records import BadRow, Record, opening_of, record_of, text_of
+from megatron_slm.data.examples.records import BadRow, Record, opening_of, record_of, text_of, transcript_of
 from megatron_slm.data.examples.request import Options
 from megatron_slm.data.preparation.staging import from_array, to_array
 from megatron_slm.data.quality.signature import Signer, exact_key
@@ -42,7 +42,7 @@ class Unit(NamedTuple):
         place: file and line.
         text: what it says, for comparisons.
         opening: hash of what is said before the first answer.
-        key: hash of ``text``.
+        key: hash of everything that is said, and by whom.
         signature: [128] MinHash, None where near duplicates are not looked for.
         leak: the evaluation file whose text it has, or None.
         documents: of a preference the chosen and the rejected one, else one.
@@ -124,7 +124,7 @@ class Maker:
             place=row.place,
             text=text,
             opening=opening,
-            key=exact_key(text),
+            key=exact_key(transcript_of(record)),
             signature=signer(text) if signer else None,
             leak=self.evaluation.leak(text, opening) if self.evaluation else None,
             truncated=truncated,

@@ -104,6 +104,12 @@ def record_of(row: Any, kind: str, score_key: str | None = None) -> Record:
     return replace(record, tools=row.get("tools"), rationale_weight=weight, score=score)
 
 
+def transcript_of(record: Record) -> str:
+    """Everything that is said, and by whom: rows of one transcript are the same row."""
+    said = [*record.prompt, *(message for answer in record.answers for message in answer)]
+    return "\n".join(f"{message.role}: {message.content}" for message in said)
+
+
 def text_of(record: Record) -> str:
     """Everything that is said, one message a line; system messages, which many rows share, are left out."""
     said = [*record.prompt, *(message for answer in record.answers for message in answer)]
