@@ -33,7 +33,7 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.fp8 import require_engine
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.run_beside import beside_of, inputs_of
+from megatron_slm.run_beside import beside_of, inputs_of, require_isolated_documents
 from megatron_slm.run_data import Data, data_record, identity, open_data
 from megatron_slm.run_examples import example_loader, open_examples
 from megatron_slm.run_hooks import (
@@ -76,6 +76,7 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
     config = resolved.config
     with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
         beside = beside_of(run)
+        require_isolated_documents(run, beside)
         return run_loop(
             run.state,
             run.plan,

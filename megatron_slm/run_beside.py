@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.examples.loader import RowLoader
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.parallel.gradients import gathered_parameters
+from megatron_slm.parallel.isolation import require_isolation
 from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.replay.batches import step_inputs
 from megatron_slm.run_judge import judge_of
@@ -23,6 +25,9 @@ from megatron_slm.stages.reference import Frozen
 from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.batch_size import global_batch_size_at
 from megatron_slm.train.step import StepInput
+
+SHARED_PRODUCTS = 1e-4
+"""How far documents may move others where they share a matrix product: tokens of one expert, scales of FP8."""
 
 
 class Beside(NamedTuple):
@@ -51,6 +56,29 @@ def beside_of(run: Run) -> Beside:
         case "ppo" | "grpo":
             return Beside(policy=Policy(run, *judge_of(run)))
     return Beside()
+
+
+def require_isolated_documents(run: Run, beside: Beside) -> None:
+    """Try on every pipeline stage, before the first step, that packed examples do not see each other. Collective.
+
+    Raises:
+        ConfigError: on every rank; names the stage.
+    """
+    config, state = run.resolved.config, run.state
+    if not config.data.pack_rows or not isinstance(run.loader, RowLoader):
+        return
+    size = global_batch_size_at(state.cursor.consumed_samples, train=config.train)
+    batch = pretrain.local_batch(next(run.loader.micro_batches(state.cursor, size)), run.plan)
+    if beside.teacher is not None:
+        add_hidden(beside.teacher, [batch], run.plan)
+    with gathered_parameters(state.chunks):
+        require_isolation(
+            state.chunks,
+            batch,
+            seq_length=run.plan.seq_length,
+            groups=run.plan.groups,
+            tolerance=SHARED_PRODUCTS if config.model.num_moe_experts or config.precision.fp8 else 0.0,
+        )
 
 
 def inputs_of(run: Run, beside: Beside | None = None) -> Iterator[StepInput]:

@@ -35,7 +35,7 @@ GOVERNED_BY_CURSOR = (
 """Keys that say which samples come when, and how long their windows are. They are compared by what they amount to for
 the samples already read (``data/resume.py``), and may change for samples to come; paths are no identity at all."""
 
-ONLY_LATER = ("pack_rows", "train_on")
+ONLY_LATER = ("pack_rows", "train_on", "curriculum", "curriculum_parts")
 """Keys that pretraining does not read."""
 
 

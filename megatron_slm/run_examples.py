@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.corpus import HASH_LIMIT_BYTES
+from megatron_slm.data.examples.curriculum import curriculum, curriculum_order
 from megatron_slm.data.examples.loader import PromptLoader, RowLoader
 from megatron_slm.data.examples.prompts import Prompts
 from megatron_slm.data.examples.rows import CorpusRows, ExampleRows, open_rows
@@ -35,6 +36,12 @@ def open_examples(config: RunConfig, *, verify: bool = False) -> Data:
     valid = {name: _open(config, path / "valid", verify=verify) for name, path in held_out.items()}
     stores = [_store(one) for one in (*train.values(), *valid.values())]
     tokenizer = open_tokenizer(config, next(iter(paths.values())), stores)
+    if config.data.curriculum is not None:
+        ((name, rows),) = train.items()
+        if not isinstance(rows, ExampleRows):
+            raise DataError(f"data.curriculum = {config.data.curriculum}: {paths[name]} holds text, which has no order.")
+        parts = curriculum(name, rows, config.data.curriculum_parts, sorted_by=config.data.curriculum)
+        return Data(parts, valid, tokenizer, curriculum_order(parts, seed))
     sources = [Source(name, one.order(seed)) for name, one in train.items()]
     refuse_twins(sources)
     phases = configured_phases(config.data, {name: _tokens(one) for name, one in train.items()})

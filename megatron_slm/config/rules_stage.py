@@ -24,7 +24,7 @@ ONLY_PRETRAINING = (
     "data.replay_run",
     "data.loss_aware_strength",
 )
-ONLY_LATER = ("data.pack_rows", "data.train_on")
+ONLY_LATER = ("data.pack_rows", "data.train_on", "data.curriculum", "data.curriculum_parts")
 
 
 def own_section(facts: Facts) -> Iterator[str]:
@@ -54,6 +54,18 @@ def options_of_the_stage(facts: Facts) -> Iterator[str]:
                 else "its documents are masked, packed and weighted by what the examples say"
             )
             yield f"{facts.cite(key, 'stage')}: the former has no effect, because {why}. Leave it out."
+
+
+def curriculum(facts: Facts) -> Iterator[str]:
+    """A curriculum sorts the rows of one source."""
+    data, key = facts.config.data, "data.curriculum"
+    if data.curriculum is None:
+        if facts.is_set("data.curriculum_parts"):
+            cited = facts.cite("data.curriculum_parts", key)
+            yield f"{cited}: the parts would be ignored. Set {key}, or leave them out."
+    elif data.sources or facts.config.stage in ("ppo", "grpo"):
+        other = "data.sources" if data.sources else "stage"
+        yield f"{facts.cite(key, other)}: a curriculum orders the rows of one data.data_path. Leave one of the two out."
 
 
 def reference(facts: Facts) -> Iterator[str]:
@@ -107,4 +119,4 @@ def teacher(facts: Facts) -> Iterator[str]:
         yield f"{facts.cite('stage')} needs a teacher: set distill.distill_teacher to its run or checkpoint."
 
 
-RULES = (rollout_steps, teacher, own_section, options_of_the_stage, reference, whole_sequences)
+RULES = (curriculum, rollout_steps, teacher, own_section, options_of_the_stage, reference, whole_sequences)

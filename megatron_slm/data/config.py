@@ -42,6 +42,13 @@ class DataConfig:
         "after pretraining, the labels that count: what the assistant says, the last turn alone (completion), or all",
         choices=("assistant", "completion", "all"),
     )
+    curriculum: str | None = option(
+        None,
+        "after pretraining, easy before hard: every example once by length, or by the score of `mslm data examples "
+        "--score-key`, then all at random",
+        choices=("length", "score"),
+    )
+    curriculum_parts: int = option(4, "parts of a curriculum; inside of each the order is random", minimum=2)
     data_seed: int | None = option(None, "seed of the sample order; default train.seed", minimum=0)
 
 

@@ -65,13 +65,13 @@ def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
             env={"PATH": os.environ.get("PATH", os.defpath), "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
         try:
-            said, _ = process.communicate(json.dumps(job).encode(), timeout=limits.wall_s + START_S)
+            said, complaint = process.communicate(json.dumps(job).encode(), timeout=limits.wall_s + START_S)
         except subprocess.TimeoutExpired:
-            said = b""
+            said, complaint = b"", b"no answer"
         finally:
             process.terminate()  # it ends what it has started
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -82,4 +82,4 @@ def run_tests(program: str, tests: str, limits: Limits = Limits()) -> Verdict:
         found = json.loads(said)
         return Verdict(found["proof"] == proof, str(found["cause"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"the sandbox ended with code {process.returncode} and said {said[:80]!r}") from error
+        raise RuntimeError(f"the sandbox could not be made: {complaint[-300:].decode(errors='replace')}") from error

@@ -2,12 +2,13 @@
 
 Always: own session and directory, empty environment and input, limits (setrlimit) on processor time, address space,
 size of files, open files and processes; at the time limit, or when whoever asked for it goes, everything that was
-started is killed, also what has left the process group. Run by root, the program is the user "nobody". Where the kernel
-allows namespaces (CLONE_NEWUSER): no network, and no other process to be seen. Where it has Landlock (Linux 5.13):
-nothing is written outside of its own directory.
+started is killed, also what has left the process group. Run by root, the program is the user "nobody" (root has no
+limit on processes), who may read what root may where Python's own library is not for all to read. Where the kernel
+allows namespaces: no network, and no other process to be reached. Where it has Landlock (Linux 5.13): nothing is
+written outside of its own directory.
 
 It reads one JSON object from its input and writes one: ``proof``, as given, where program and tests have run to their
-end, else null with the ``cause``.
+end, else null with the ``cause``. Where it cannot hold what is said above under "always" it fails.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -24,11 +26,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 1, 38, 36
+PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 8, 36, 38
 NEW_USER, NEW_NETWORK, NEW_PROCESSES, NEW_IPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 WRITES = sum(1 << right for right in (1, *range(4, 13)))
 """Landlock's rights to write files, and to make and remove entries of directories (its first version)."""
+CAPABILITY_VERSION, DAC_READ_SEARCH = 0x20080522, 1 << 2
 NOBODY = 65534
 CAUSE_BYTES = 300
 
@@ -42,17 +45,19 @@ def main(parent: int) -> None:
     if os.getppid() != parent:
         raise SystemExit(1)  # it was gone before the request was made
     job = json.load(sys.stdin)
-    drops = os.getuid() == 0 and _readable_by_all(Path(os.__file__).parent)
-    if drops:
+    uid, shared, busy = os.getuid(), NEW_NETWORK | NEW_PROCESSES | NEW_IPC, 0
+    if uid == 0:
         os.chown(".", NOBODY, NOBODY)
-    shared = NEW_NETWORK | NEW_PROCESSES | NEW_IPC
-    if libc.unshare(shared) != 0 and not drops:
-        libc.unshare(NEW_USER | shared)
+        libc.unshare(shared)
+        busy = _tasks_of(NOBODY)
+    elif libc.unshare(NEW_USER | shared) != 0:
+        busy = _tasks_of(uid)  # a new namespace counts its own alone
+    job["processes"] += busy
     reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reads)
-        _first_process(job, writes, libc, drops=drops)
+        _first_process(job, writes, libc)
     os.close(writes)
     try:
         ended = _wait(child, time.monotonic() + job["wall_s"])
@@ -63,6 +68,8 @@ def main(parent: int) -> None:
         said = os.read(reads, 2 * CAUSE_BYTES).decode(errors="replace")
     except BlockingIOError:
         said = ""
+    if said.startswith("!"):
+        raise SystemExit(said)
     proved = said == "+" + job["proof"]
     cause = "" if proved else said[1:] if said.startswith("-") else _ended(ended, job["wall_s"])
     print(json.dumps({"proof": job["proof"] if proved else None, "cause": cause}), flush=True)
@@ -70,12 +77,25 @@ def main(parent: int) -> None:
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     _end_all()
+    shutil.rmtree(os.getcwd(), ignore_errors=True)  # whoever made it may be gone
     os._exit(1)
 
 
 def _readable_by_all(directory: Path) -> bool:
     """Whether the user "nobody" may read the standard library."""
     return all(one.stat().st_mode & 0o001 for one in (directory, *directory.parents))
+
+
+def _tasks_of(uid: int) -> int:
+    """Threads of a user, which count towards the limit on processes."""
+    found = 0
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == uid:
+                found += len(os.listdir(entry / "task"))
+        except OSError:
+            continue  # it has ended
+    return found
 
 
 def _wait(child: int, until: float) -> int | None:
@@ -132,13 +152,13 @@ def _below(root: int) -> list[int]:
     return found
 
 
-def _first_process(job: dict[str, Any], writes: int, libc: Any, *, drops: bool) -> NoReturn:
+def _first_process(job: dict[str, Any], writes: int, libc: Any) -> NoReturn:
     """The first process of the namespace, with whose end all others end: it waits for the program alone."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
     program = os.fork()
     if program == 0:
-        _run(job, writes, libc, drops=drops)
+        _run(job, writes, libc)
     while True:
         pid, status = os.wait()
         if pid == program:
@@ -146,30 +166,30 @@ def _first_process(job: dict[str, Any], writes: int, libc: Any, *, drops: bool) 
             os._exit(code if code >= 0 else 128 - code)
 
 
-def _run(job: dict[str, Any], writes: int, libc: Any, *, drops: bool) -> NoReturn:
-    said = b"-could not be limited"
+def _run(job: dict[str, Any], writes: int, libc: Any) -> NoReturn:
+    said = b""
     try:
-        _limit(job, libc, drops=drops)
+        _limit(job, libc)
+        said = b"-"
         space: dict[str, Any] = {"__name__": "__main__"}
         for name in ("program", "tests"):
-            exec(compile(job[name], name, "exec"), space)  # noqa: S102 - what this process is for
+            exec(compile(job[name], name, "exec"), space)
         said = b"+" + job["proof"].encode()
     except BaseException as error:  # SystemExit too: who leaves before the end of the tests has not passed them
-        said = f"-{type(error).__name__}: {str(error)[:200]}".encode(errors="replace")[:CAUSE_BYTES]
+        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        said = (said or b"!") + cause.encode(errors="replace")[:CAUSE_BYTES]
     finally:
         os.write(writes, said)
         os._exit(0)
 
 
-def _limit(job: dict[str, Any], libc: Any, *, drops: bool) -> None:
+def _limit(job: dict[str, Any], libc: Any) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
     _write_here_alone(libc)
-    if drops:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    if os.getuid() == 0:
+        _become_nobody(libc)
     seconds = int(job["wall_s"]) + 1
     for name, value in {
         resource.RLIMIT_CPU: seconds,
@@ -180,6 +200,19 @@ def _limit(job: dict[str, Any], libc: Any, *, drops: bool) -> None:
         resource.RLIMIT_CORE: 0,
     }.items():
         resource.setrlimit(name, (value, value))
+
+
+def _become_nobody(libc: Any) -> None:
+    """Give up everything that root may do, but for reading what Python's library may need."""
+    keeps = not _readable_by_all(Path(os.__file__).parent)
+    libc.prctl(PR_SET_KEEPCAPS, ctypes.c_ulong(keeps), 0, 0, 0)
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    kept = DAC_READ_SEARCH if keeps else 0
+    header = ctypes.create_string_buffer(struct.pack("Ii", CAPABILITY_VERSION, 0))
+    if libc.capset(header, ctypes.create_string_buffer(struct.pack("6I", kept, kept, 0, 0, 0, 0))) != 0:
+        raise OSError(ctypes.get_errno(), "the capabilities of root cannot be given up")
 
 
 def _write_here_alone(libc: Any) -> None:

@@ -65,6 +65,7 @@ class RolloutConfig:
     reward_model: str | None = option(
         None, "run or checkpoint of a reward model, whose number is a part of the reward named model"
     )
+    reward_workers: int = option(2, "processes that judge answers, beside one rank of each model copy", minimum=1)
     reward_timeout_s: float = option(10.0, "seconds after which a verifier has failed on an answer", above=0.0)
     max_logprob_gap: float | None = option(
         None,

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from megatron_slm.launch.environment import RankEnvironment  # noqa: E402
-from megatron_slm.launch.local import run_local  # noqa: E402
+from megatron_slm.launch.local import run_local, threads_per_rank  # noqa: E402
 from megatron_slm.model.config import ModelConfig  # noqa: E402
 from megatron_slm.parallel.config import ParallelConfig  # noqa: E402
 from megatron_slm.parallel.device import preload  # noqa: E402
@@ -72,6 +72,8 @@ def rank(environment: RankEnvironment, plan: Plan, directory: Path) -> int:
     from megatron_slm.rollout.generate import complete
     from megatron_slm.rollout.sampling import Sampling
 
+    # The parent of both jobs has imported torch for the threads of the first one.
+    torch.set_num_threads(threads_per_rank(environment.world_size))
     parallel = ParallelConfig(tensor_model_parallel_size=environment.world_size)
     master = (environment.master_addr, environment.master_port)
     with process_groups(

@@ -24,21 +24,16 @@ TASK = Task(
     optimizer=OptimizerConfig(lr=1e-3, clip_grad=0.0),
     packed=True,
 )
-TP, PP, SP, CP = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "sequence_parallel",
-    "context_parallel_size",
-)
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2": (2, {TP: 2}),
-    "pp2": (2, {PP: 2}),
-    "dp2": (2, {"use_distributed_optimizer": True}),
-    "tp2 sp dp2": (4, {TP: 2, SP: True, "use_distributed_optimizer": True}),
-    "tp2 pp2": (4, {TP: 2, PP: 2, SP: True}),
-    "pp2 vpp2": (2, {PP: 2, "virtual_pipeline_model_parallel_size": 2}),
-    "cp2": (2, {CP: 2}),
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "tp2 pp2 sp": (
+        4,
+        2,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    ),
+    "cp2 dp2": (4, 4, {"context_parallel_size": 2, "use_distributed_optimizer": True}),
 }
+"""Ranks, micro-batch size and degrees. ``tests/bench/stage_matrix.py`` takes every combination."""
+
 TOLERANCE = 1e-9
 
 
@@ -66,15 +61,9 @@ def agree(found: Outcome, expected: Outcome) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_layout_gives_the_numbers_of_one_rank(pool: RankPool, name: str, layout: str) -> None:
-    world_size, degrees = LAYOUTS[layout]
-    agree(pool.call(train_stage, world_size, TASK.on(**degrees), name)[0], on_one_rank(pool, name))
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_micro_batch_size_changes_nothing(pool: RankPool, name: str, size: int) -> None:
-    task = replace(TASK, train=replace(TASK.train, micro_batch_size=size)).on(**LAYOUTS["tp2"][1])
-    agree(pool.call(train_stage, 2, task, name)[0], on_one_rank(pool, name))
+    world_size, size, degrees = LAYOUTS[layout]
+    task = replace(TASK, train=replace(TASK.train, micro_batch_size=size)).on(**degrees)
+    agree(pool.call(train_stage, world_size, task, name)[0], on_one_rank(pool, name))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -114,6 +114,7 @@ def test_packed_rows_hold_what_unpacked_ones_hold(folder: Path, name: str) -> No
     assert packed.packing.efficiency > 0.8 > alone.packing.efficiency
     assert labels(packed.batch(range(packed.num_samples))) == labels(alone.batch(range(alone.num_samples)))
     assert packed.digest != alone.digest
+    assert f"{packed.packing.efficiency:.1%} of their slots used" in packed.described
 
 
 def test_documents_are_what_was_stored_and_never_share_an_id(folder: Path) -> None:

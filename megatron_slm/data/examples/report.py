@@ -43,7 +43,7 @@ def describe(
     lines = [
         *_counts(manifest, split, store),
         *_roles(manifest["splits"][split]),
-        *(_packing(store, length) if store.kind != "prompt" else ()),
+        *([f"packed: {ExampleRows(store, length).described}"] if store.kind != "prompt" else ()),
         *_left_out(manifest),
         *_first(store, tokenizer, first, COLOUR if colour else PLAIN),
     ]
@@ -68,14 +68,6 @@ def _roles(facts: dict[str, Any]) -> Iterator[str]:
         if count:
             trained = facts["trained_by_role"].get(role, 0)
             yield f"  {role:<10} {count:>12,} tokens, {trained / count:6.1%} trained"
-
-
-def _packing(store: ExampleStore, seq_length: int) -> Iterator[str]:
-    packing = ExampleRows(store, seq_length).packing
-    yield (
-        f"packed: {packing.num_rows:,} rows of {seq_length}, {packing.efficiency:.1%} of their slots used, "
-        f"{len(packing.items) / packing.num_rows:.2f} {'pairs' if store.kind == 'preference' else 'examples'} a row"
-    )
 
 
 def _left_out(manifest: dict[str, Any]) -> Iterator[str]:

@@ -137,6 +137,15 @@ class ExampleRows:
         """Which units share a row."""
         return (best_fit_decreasing if self.packed else one_a_row)(self._unit_slots, self.seq_length)
 
+    @property
+    def described(self) -> str:
+        """How well the rows are filled, for a log."""
+        what = "pairs" if self.per_unit > 1 else "examples"
+        return (
+            f"{self.num_samples:,} rows of {self.seq_length}, {self.packing.efficiency:.1%} of their slots used, "
+            f"{len(self.units) / self.num_samples:.2f} {what} a row"
+        )
+
     def order(self, seed: int) -> SampleOrder:
         """The order in which the rows come, epoch after epoch."""
         return SampleOrder(self.num_samples, seed, self.digest, self.seq_length)
