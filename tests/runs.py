@@ -111,7 +111,7 @@ def records(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def losses(run: Path) -> dict[int, str]:
     """Bits of the loss by step."""
-    return {record["step"]: record["lm_loss_bits"] for record in records(run)}
+    return {record["step"]: record.get("lm_loss_bits") or record["loss_bits"] for record in records(run)}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
