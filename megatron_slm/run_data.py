@@ -211,6 +211,7 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
             "tokenizer_hash": data.tokenizer.hash,
         },
         "seed": config.train.seed,
+        **({"lora": asdict(config.lora)} if config.lora.lora_rank else {}),
     }
 
 

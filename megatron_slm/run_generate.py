@@ -247,7 +247,14 @@ def built_model(
         # With packed documents the attention is ours everywhere, and ours has the cache.
         spec, norm, _ = choose_spec(device, config.model, packed_documents=True)
         chunks = build_chunks(
-            config.model, core, groups, vocab_size=vocab_size, seed=0, spec=(spec, norm), device=bound
+            config.model,
+            core,
+            groups,
+            vocab_size=vocab_size,
+            seed=0,
+            spec=(spec, norm),
+            device=bound,
+            lora=config.lora,
         )
         checkpoint.load_weights(source, chunks, ema=ema)
         yield Built([chunk.eval() for chunk in chunks], groups, bound)

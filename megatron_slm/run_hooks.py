@@ -283,7 +283,8 @@ def open_log(
 def announce(log: MetricsWriter, config: RunConfig, layout: Layout, vocab_size: int, reasons: list[str]) -> None:
     """How a run's log begins: the model, how it is divided, why its kernels are what they are, where it starts."""
     degrees = " x ".join(f"{axis} {size}" for axis, size in layout.sizes.items())
-    log.say(f"{config.name}: {parameters_text(config.model, vocab_size)} parameters, vocabulary {vocab_size:,}")
+    count = parameters_text(config.model, vocab_size, config.lora)
+    log.say(f"{config.name}: {count} parameters, vocabulary {vocab_size:,}")
     log.say(f"layout: {layout.world_size} ranks = {degrees}, vpp {layout.vpp_size}, {dist.get_backend()}")
     for line in reasons:
         log.say(line)

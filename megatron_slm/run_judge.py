@@ -200,7 +200,7 @@ def reward_model_config(run: Run) -> tuple[Path, RunConfig]:
     width = theirs.model.vocab_size or tokenizer.vocab_size
     if width != run.vocab_size:
         raise ConfigError(f"{name} knows {width} tokens, this run {run.vocab_size}; set model.vocab_size={width}.")
-    own = replace(config, model=replace(theirs.model, seq_length=config.model.seq_length))
+    own = replace(config, model=replace(theirs.model, seq_length=config.model.seq_length), lora=theirs.lora)
     if problems := violations(own, dist.get_world_size()):
         raise ConfigError(f"{name} does not fit the layout of this run: {problems[0]}")
     prompts = [one for one in (*run.data.train.values(), *run.data.valid.values()) if isinstance(one, Prompts)]

@@ -75,6 +75,7 @@ def assemble_model(
         spec=(layers.spec, layers.norm),
         device=device,
         ending=ending or ending_of(config, vocab_size),
+        lora=config.lora,
     )
     half = config.precision.bf16
     chunks = wrap(
@@ -111,6 +112,7 @@ def build_frozen(
         spec=(spec, norm),
         device=device,
         ending=ending,
+        lora=config.lora,
     )
     return [chunk.eval().requires_grad_(requires_grad=False) for chunk in chunks]
 

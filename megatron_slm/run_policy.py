@@ -104,8 +104,13 @@ class Policy:
 
 
 def starting_model(run: Run) -> Frozen:
-    """The model that the run starts from, frozen, ending as the trained one. Collective; random states stay."""
+    """The model that the run starts from, frozen, ending as the trained one. Collective; random states stay.
+
+    With adapters it is the trained one itself without them: no second model is built.
+    """
     config = run.resolved.config
+    if config.lora.lora_rank:
+        return Frozen(run.state.chunks, without_adapters=True)
     source = recovery.find(Path(str(config.checkpoint.pretrained_checkpoint))).path
     return frozen(run, config, source, TokenScores(scored_vocabulary(config, run.vocab_size)))
 
@@ -125,7 +130,7 @@ def teacher_of(run: Run) -> Frozen:
             f"({found.state.tokenizer_hash}) than the data ({run.data.tokenizer.hash}): the same ids mean other text. "
             "Compile the examples with the teacher's tokenizer."
         )
-    own = replace(config, model=replace(theirs.model, seq_length=config.model.seq_length))
+    own = replace(config, model=replace(theirs.model, seq_length=config.model.seq_length), lora=theirs.lora)
     teacher = frozen(run, own, found.path, HiddenStates())
     ending = getattr(unwrap(run.state.chunks[-1]), "ending", None)
     if (matrix := getattr(ending, "teacher_weight", None)) is not None:

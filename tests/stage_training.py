@@ -38,8 +38,12 @@ CONFIGS: dict[str, Any] = {
 """What is trained, by name; the first word is the stage."""
 
 
-def train_stage(task: Task, name: str, packed: bool = True) -> Outcome | None:
-    """Take ``task.iters`` steps on this rank; rank 0 returns the outcome of the whole job."""
+def train_stage(task: Task, name: str, packed: bool = True, gradients_of: int = 0) -> Outcome | None:
+    """Take ``task.iters`` steps on this rank; rank 0 returns the outcome of the whole job.
+
+    Args:
+        gradients_of: number of the step whose gradients it holds.
+    """
     from megatron_slm.parallel.gradients import zero_gradients
     from megatron_slm.parallel.pipeline import run_schedule
     from megatron_slm.replay.shards import gradient_shards
@@ -57,7 +61,7 @@ def train_stage(task: Task, name: str, packed: bool = True) -> Outcome | None:
         )
         set_learning_rate(optimizer, task.optimizer.lr, task.optimizer.lr)
         outcome.grad_norms.append(gradient_norm(optimizer))
-        if step == 0:
+        if step == gradients_of:
             outcome.gradients = gathered(gradient_shards(chunks, optimizer))
         apply_update(optimizer, outcome.grad_norms[-1])
         outcome.losses += means(logged, groups)

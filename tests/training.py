@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.config import LoraConfig, ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig, TrainConfig
 
@@ -31,6 +31,7 @@ class Task:
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     iters: int = 20
     packed: bool = False
+    lora: LoraConfig = LoraConfig()
 
     def on(self, **degrees: Any) -> Task:
         """The same task under another layout."""
@@ -110,6 +111,7 @@ def build(task: Task, ending: Any = None) -> tuple[Any, list[Any], Any]:
         spec=(spec, norm),
         device=torch.device("cpu"),
         ending=ending or TokenSums(Objective(VOCAB, task.train.z_loss_coefficient, task.train.label_smoothing)),
+        lora=task.lora,
     )
     chunks = wrap(
         chunks,

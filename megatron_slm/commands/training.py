@@ -234,7 +234,7 @@ def _summary(resolved: Resolved) -> str:
         f"micro-batches per step and replica: {step}",
     ]
     if config.model.vocab_size is not None:
-        count = parameters_text(config.model, config.model.vocab_size)
+        count = parameters_text(config.model, config.model.vocab_size, config.lora)
         flops = flops_per_token(config.model, config.model.vocab_size)
         lines.append(f"parameters: {count}; model FLOPs per token, forward and backward: {flops:.3e}")
     return "\n".join([*lines, *_rounded_shares(config.data)])

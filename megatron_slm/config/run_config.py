@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_slm.config.option import option
 from megatron_slm.data.config import DataConfig, TokenizerConfig
-from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.config import LoraConfig, ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
 from megatron_slm.replay.config import ReplayConfig
 from megatron_slm.rollout.config import RolloutConfig
@@ -41,6 +41,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)

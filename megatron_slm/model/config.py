@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_slm.config.option import option
+
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Linear layers that may have an adapter: of attention and MLP, by core's names."""
+
+ADAPTER_SUFFIX = "_adapter"
+"""Behind the name of a layer: the module of its adapter, ``linear_qkv_adapter.lora_a``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +166,19 @@ class ModelConfig:
         """Rows of the embedding for ``vocab_size`` tokens. Independent of the layout, so that checkpoints reshard."""
         multiple = self.make_vocab_size_divisible_by
         return -(-vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The ``lora`` section: low-rank adapters beside frozen weights (arXiv 2106.09685), y = W x + s B A x."""
+
+    lora_rank: int = option(0, "rank of the adapters, which alone are trained; 0 trains the whole model", minimum=0)
+    lora_alpha: float = option(16.0, "the adapters' output is multiplied by it over the rank", above=0.0)
+    lora_rslora: bool = option(False, "divide lora_alpha by the root of the rank (arXiv 2312.03732)")
+    lora_dropout: float = option(0.0, "dropout of what the adapters read", minimum=0.0, below=1.0)
+    lora_targets: tuple[str, ...] = option(LORA_TARGETS, "linear layers with an adapter, by core's names")
+
+    @property
+    def scale(self) -> float:
+        """s of y = W x + s B A x."""
+        return self.lora_alpha / (math.sqrt(self.lora_rank) if self.lora_rslora else self.lora_rank)

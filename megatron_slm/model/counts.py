@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.config import LoraConfig, ModelConfig
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> int:
@@ -21,10 +21,32 @@ def active_parameters(model: ModelConfig, vocab_size: int) -> int:
     return _parameters(model, vocab_size, routed=model.moe_router_topk if model.num_moe_experts else 0)
 
 
-def parameters_text(model: ModelConfig, vocab_size: int) -> str:
-    """Both numbers in words, the second where it differs."""
+def adapter_parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters of all layers; 0 without adapters."""
+    sizes = adapter_sizes(model)
+    return model.num_layers * lora.lora_rank * sum(sum(sizes[target]) for target in lora.lora_targets)
+
+
+def adapter_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of a dense layer that may have an adapter, by core's names."""
+    width, heads = model.hidden_size, model.num_attention_heads
+    attended = heads * (model.v_head_dim if model.multi_latent_attention else model.head_dim)
+    return {
+        "linear_qkv": (width, model.head_dim * (heads + 2 * model.query_groups)),
+        "linear_proj": (attended, width),
+        "linear_fc1": (width, model.ffn_size * (2 if model.swiglu else 1)),
+        "linear_fc2": (model.ffn_size, width),
+    }
+
+
+def parameters_text(model: ModelConfig, vocab_size: int, lora: LoraConfig | None = None) -> str:
+    """The number of parameters in words, and how many are active or trained where these are fewer."""
     count, active = parameters(model, vocab_size), active_parameters(model, vocab_size)
-    return f"{count:,}" + (f" ({active:,} active)" if active != count else "")
+    text = f"{count:,}" + (f" ({active:,} active)" if active != count else "")
+    if lora is None or not lora.lora_rank:
+        return text
+    trained = adapter_parameters(model, lora)
+    return f"{text} and {trained:,} of adapters, which alone are trained ({trained / (count + trained):.2%}),"
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> float:

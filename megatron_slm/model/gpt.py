@@ -19,11 +19,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from megatron_slm.model.config import ModelConfig
+from megatron_slm.model.config import ADAPTER_SUFFIX, LoraConfig, ModelConfig
+from megatron_slm.model.counts import adapter_sizes
 from megatron_slm.model.ending import Ending, Fields, Scalar, ScalarHead, TokenSums
 from megatron_slm.model.prediction import deeper_targets, with_predictions
 from megatron_slm.parallel.experts import mark_expert_weights
 from megatron_slm.parallel.initialise import initialise
+from megatron_slm.parallel.lora import add_adapters, initial_adapter_deviation
 from megatron_slm.parallel.predict import prediction_submodules
 from megatron_slm.parallel.specs import block_submodules, layer_specs
 from megatron_slm.parallel.vocab_loss import Objective
@@ -172,6 +174,7 @@ def build_chunks(
     spec: tuple[Any, Any],
     device: torch.device,
     ending: Ending | Scalar | None = None,
+    lora: LoraConfig | None = None,
 ) -> list[nn.Module]:
     """Model chunks of this rank (one, or vpp of them), initialised, in the precision of ``config``.
 
@@ -179,6 +182,7 @@ def build_chunks(
         vocab_size: tokens of the tokenizer; the embedding has ``model.padded_vocab_size(vocab_size)`` rows.
         spec: layer spec and norm class of ``parallel.specs.choose_spec``.
         ending: of the model; by default the sums of the cross-entropy.
+        lora: adapters, where its rank is not 0; everything else is frozen then, but for a head that gives a number.
     """
     ending = ending or TokenSums(Objective(vocab_size))
     scalar = isinstance(ending, Scalar)
@@ -216,6 +220,8 @@ def build_chunks(
         # Position embeddings and norms are made by torch's own modules: default precision, on the host.
         chunk.to(dtype=config.params_dtype, device=device)
         mark_expert_weights(chunk, groups)
+        if lora is not None and lora.lora_rank:
+            add_adapters(chunk, lora, config, groups)
     initialise(chunks, seed, lambda name: ending_deviation(name, ending) or initial_deviation(name, model))
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in chunks]
 
@@ -236,6 +242,8 @@ def initial_deviation(name: str, model: ModelConfig) -> float | None:
     stream. muP (arXiv 2203.03466, table 8) divides hidden matrices by sqrt(m), m the width over the base width. A
     router maps the width to a fixed number of experts: it is no hidden matrix, and stays as it is.
     """
+    if ADAPTER_SUFFIX in name:
+        return initial_adapter_deviation(name, {target: size[0] for target, size in adapter_sizes(model).items()})
     if is_hidden_matrix(name):
         deviation = model.init_method_std / math.sqrt(model.width_multiplier)
         writes = _without_expert(name).endswith(RESIDUAL_OUTPUTS)

@@ -7,6 +7,7 @@ model. Shapes: B micro-batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_slm.parallel.groups import is_last_pipeline_rank
+from megatron_slm.parallel.lora import adapters_off
 from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.parallel.vocab_scores import LOGPROB
 from megatron_slm.rollout.score import scores
@@ -25,14 +27,20 @@ FIELD = "ref_logprobs"
 
 
 class Frozen(NamedTuple):
-    """A model that is not trained: bare chunks in evaluation mode, laid out as the trained one."""
+    """A model that is not trained: bare chunks in evaluation mode, laid out as the trained one.
+
+    Attributes:
+        without_adapters: the chunks are the trained ones, whose adapters are switched off for it.
+    """
 
     chunks: list[nn.Module]
+    without_adapters: bool = False
 
     def logprobs(self, micro_batches: Sequence[Batch], plan: StepPlan) -> list[Tensor]:
         """Log-probability [B, S/cp] of every label that counts, on the ranks that end the model. Collective."""
         local = list(micro_batches)
-        found = scores(self.chunks, local, seq_length=plan.seq_length, groups=plan.groups)
+        with adapters_off(self.chunks) if self.without_adapters else nullcontext():
+            found = scores(self.chunks, local, seq_length=plan.seq_length, groups=plan.groups)
         return [each[LOGPROB] for each in found]
 
 

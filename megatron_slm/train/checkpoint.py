@@ -7,7 +7,7 @@ A checkpoint directory holds core's payload (``*.distcp``, ``.metadata``, ``comm
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_slm.errors import CheckpointError, SaveError
+from megatron_slm.model.config import ADAPTER_SUFFIX
 from megatron_slm.parallel.gradients import unwrap
 from megatron_slm.train import payload_write, publish
 from megatron_slm.train.ema import ema_request
 from megatron_slm.train.hook import OfRank, Part
 from megatron_slm.train.optimizer_shards import load_optimizer_state, optimizer_request, optimizer_shards
 from megatron_slm.train.payload import first_failure, read_payload
-from megatron_slm.train.payload_index import read_index
+from megatron_slm.train.payload_index import is_weight, read_index
 from megatron_slm.train.payload_write import StagedPayload, on_first_rank
 from megatron_slm.train.retention import Retention
 from megatron_slm.train.saved_state import STATE_FILE, SavedState, read_state
@@ -162,14 +163,14 @@ def load_weights(
 ) -> None:
     """Read the weights alone, of any layout; an optimizer's master copies follow them. Collective.
 
-    A head that the checkpoint does not have (``value_head``: a reward model or critic that begins with the weights of a
-    language model) stays as it is.
+    What the checkpoint does not have because it begins here stays as it is: a head (``value_head``: a reward model or
+    critic that begins with the weights of a language model), and adapters.
 
     Args:
         ema: read their averages instead.
 
     Raises:
-        CheckpointError: damaged, of another model, or without averages.
+        CheckpointError: damaged, of another model, without averages, or with adapters where ``chunks`` have none.
     """
     saved = read_state(path)
     if ema and "ema" not in saved.parts:
@@ -180,9 +181,14 @@ def load_weights(
     request = sharded_models(chunks)
     stored = read_index(path).tensors
     own = {
-        name: {key: entries.pop(key).data for key in [*entries] if _new_head(key, stored)}
+        name: {key: entries.pop(key).data for key in [*entries] if _is_new(key, stored)}
         for name, entries in request.items()
     }
+    if has_adapters(stored) and not has_adapters(key for entries in request.values() for key in entries):
+        raise CheckpointError(
+            f"{path} has adapters (LoRA), and this model none: without them it is another model. Put them into the "
+            "weights with mslm checkpoint merge-lora, or give this run the section lora of the checkpoint's config.yaml"
+        )
     loaded = read_payload(ema_request(request) if ema else request, path)
     for name, kept in own.items():
         loaded[name].update(kept)
@@ -191,8 +197,16 @@ def load_weights(
         optimizer.reload_model_params()
 
 
-def _new_head(key: str, stored: Collection[str]) -> bool:
-    return key.endswith(HEAD) and not any(name.endswith(HEAD) for name in stored)
+def has_adapters(names: Iterable[str]) -> bool:
+    """Whether a model's tensors of these names are adapters, some of them."""
+    return any(is_weight(name) and ADAPTER_SUFFIX in name for name in names)
+
+
+def _is_new(key: str, stored: Collection[str]) -> bool:
+    """Whether an entry of the model is of a kind of which the checkpoint has nothing."""
+    if key.endswith(HEAD):
+        return not any(name.endswith(HEAD) for name in stored)
+    return ADAPTER_SUFFIX in key and not has_adapters(stored)
 
 
 def _content() -> dict[str, Any]:

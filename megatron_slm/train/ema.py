@@ -112,6 +112,8 @@ class Ema(Hook):
     def _whole(self, param: nn.Parameter) -> Tensor:
         """The average of one parameter, in its shape on the host, put together from the ranks that hold parts of it."""
         exact = torch.promote_types(param.dtype, torch.float32)
+        if param not in self._groups:  # it is frozen, and its own average
+            return param.detach().to(exact).cpu()
         whole = torch.zeros(param.numel(), dtype=exact, device=param.device)
         if param in self._held:
             start, average = self._held[param]

@@ -59,7 +59,9 @@ def build_optimizer(
     for inner in inner_optimizers(built):
         use_fused_adam(inner.optimizer)
     # Beside the parameters, what an update moves: see ``parallel.router.balance``.
-    built.balanced_routers = [router for router in routers(chunks) if router.expert_bias is not None]
+    built.balanced_routers = [
+        router for router in routers(chunks) if router.expert_bias is not None and router.weight.requires_grad
+    ]
     return built
 
 

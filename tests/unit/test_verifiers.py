@@ -29,16 +29,16 @@ RIGHT = "```python\ndef double(x):\n    return 2 * x\n```"
         ("x1 = 2.50", Fraction(5, 2)),
         ("3/4", Fraction(3, 4)),
         ("2e-3", Fraction(1, 500)),
-        ("12" * 3000, int("12" * 1000) if False else None),
         ("1/0", None),
         ("none", None),
     ],
 )
 def test_the_last_number_of_a_text(text: str, number: object) -> None:
-    if number is not None or len(text) < 100:
-        assert last_number(text) == number
-    else:
-        assert last_number(text) is not None, "any number of digits"
+    assert last_number(text) == number
+
+
+def test_a_number_may_have_any_number_of_digits() -> None:
+    assert (found := last_number("1" * 9000)) is not None and found % 10**9 == 111_111_111
 
 
 def test_arithmetic() -> None:
@@ -51,7 +51,13 @@ def test_arithmetic() -> None:
     assert arithmetic("0.3333333", {"expression": "1/3"}) == 1.0
     assert arithmetic("0.33", {"expression": "1/3"}) == 0.0
     assert arithmetic("0.33", {"expression": "1/3", "tolerance": 0.01}) == 1.0
-    for bad in ({}, {"answer": None}, {"answer": "many"}, {"expression": "9**9**9"}, {"expression": "__import__('os')"}):
+    for bad in (
+        {},
+        {"answer": None},
+        {"answer": "many"},
+        {"expression": "9**9**9"},
+        {"expression": "__import__('os')"},
+    ):
         with pytest.raises(Unverifiable):
             arithmetic("1", bad)
 
@@ -134,7 +140,7 @@ def test_a_program_that_leaves_or_takes_too_much_has_not_passed(name: str) -> No
     assert not Path("/tmp/written_by_a_sandbox").exists()
 
 
-def test_a_program_that_hangs_is_ended_with_all_it_has_started(tmp_path: Path) -> None:
+def test_a_program_that_hangs_is_ended_with_all_it_has_started() -> None:
     """It leaves its process group and session, ignores signals, and forks as much as it may."""
     tag = f"sandbox-test-{os.getpid()}"
     program = f"""
