@@ -39,7 +39,9 @@ def open_examples(config: RunConfig, *, verify: bool = False) -> Data:
     if config.data.curriculum is not None:
         ((name, rows),) = train.items()
         if not isinstance(rows, ExampleRows):
-            raise DataError(f"data.curriculum = {config.data.curriculum}: {paths[name]} holds text, which has no order.")
+            raise DataError(
+                f"data.curriculum = {config.data.curriculum}: {paths[name]} holds text, which has no order."
+            )
         parts = curriculum(name, rows, config.data.curriculum_parts, sorted_by=config.data.curriculum)
         return Data(parts, valid, tokenizer, curriculum_order(parts, seed))
     sources = [Source(name, one.order(seed)) for name, one in train.items()]

@@ -24,7 +24,8 @@ def loaded(parallel: ParallelConfig, groups: Any, checkpoint: Path) -> tuple[Any
     vocab_size = config.model.vocab_size
     assert vocab_size is not None, "an import names it"
     device = torch.device("cpu")
-    chunks = build_chunks(config.model, core, groups, vocab_size=vocab_size, seed=0, spec=(spec, norm), device=device)
+    own = {"spec": (spec, norm), "device": device, "lora": config.lora}
+    chunks = build_chunks(config.model, core, groups, vocab_size=vocab_size, seed=0, **own)
     load_weights(checkpoint, chunks)
     return chunks[0].eval(), vocab_size
 

@@ -1,4 +1,4 @@
-"""The verbs on checkpoints: list, verify, inspect, average, reshard, hash."""
+"""The verbs on checkpoints: list, verify, inspect, average, merge-lora, reshard, hash."""
 
 from __future__ import annotations
 
@@ -106,6 +106,30 @@ def checkpoint_average(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def checkpoint_merge_lora(name: str, tokens: Sequence[str]) -> int:
+    """``mslm checkpoint merge-lora``: put adapters into the weights."""
+    parser = parser_of(
+        name,
+        "CHECKPOINT --output DIR",
+        "Put the adapters of a checkpoint (LoRA) into its weights. The result is a checkpoint without adapters and "
+        "without an optimizer, for mslm generate, mslm convert hf-export and checkpoint.pretrained_checkpoint.",
+        example="mslm checkpoint merge-lora runs/kjv-lora --output kjv-merged",
+    )
+    parser.add_argument("checkpoint", type=path_of, metavar="CHECKPOINT", help="a checkpoint, or a run (its newest)")
+    parser.add_argument(
+        "--output", required=True, type=path_of, metavar="DIR", help="directory to write; must not exist"
+    )
+    own = parser.parse_args(tokens)
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.convert.merge_lora import merge_lora
+
+    source, count = merge_lora(own.checkpoint, own.output)
+    print(f"{own.output} is {source} with the adapters in {count} of its matrices")
+    return EXIT_OK
+
+
 def checkpoint_reshard(name: str, tokens: Sequence[str]) -> int:
     """``mslm checkpoint reshard``: the same tensors, cut for the ranks of another layout."""
     parser = parser_of(
@@ -197,6 +221,7 @@ VERBS: Mapping[str, Verb] = {
     "checkpoint verify": Verb("compare checkpoints with what was saved", checkpoint_verify),
     "checkpoint inspect": Verb("show what a checkpoint holds", checkpoint_inspect),
     "checkpoint average": Verb("average the weights of checkpoints", checkpoint_average),
+    "checkpoint merge-lora": Verb("put adapters (LoRA) into the weights", checkpoint_merge_lora),
     "checkpoint reshard": Verb("cut a checkpoint anew for another layout", checkpoint_reshard),
     "checkpoint hash": Verb("hash tensors whatever the layout; compare two checkpoints", checkpoint_hash),
 }

@@ -1,4 +1,4 @@
-"""The verbs between Hugging Face's format and ours: hf-import, hf-export."""
+"""The verbs between Hugging Face's format and ours: hf-import, hf-export, peft-export."""
 
 from __future__ import annotations
 
@@ -79,6 +79,31 @@ def hf_export(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
+def peft_export(name: str, tokens: Sequence[str]) -> int:
+    """``mslm convert peft-export``: PEFT's files from the adapters of a checkpoint."""
+    parser = parser_of(
+        name,
+        "CHECKPOINT --output DIR [--base MODEL]",
+        "Write the adapters of a checkpoint (LoRA) as PEFT's adapter_config.json and adapter_model.safetensors. The "
+        "model that they belong to is mslm convert hf-export of checkpoint.pretrained_checkpoint.",
+        example="mslm convert peft-export runs/kjv-lora --output kjv-adapter --base kjv-hf",
+    )
+    parser.add_argument("checkpoint", type=path_of, metavar="CHECKPOINT", help="a checkpoint, or a run (its newest)")
+    parser.add_argument(
+        "--output", required=True, type=path_of, metavar="DIR", help="directory to write; must not exist"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="name or directory of that model, for PEFT to find")
+    own = parser.parse_args(tokens)
+    from megatron_slm.parallel.device import preload
+
+    preload("cpu")
+    from megatron_slm.convert.peft_export import export_adapters
+
+    done = export_adapters(own.checkpoint, own.output, base=own.base)
+    print(f"{own.output} is {done.adapters} adapters of a {done.model_type} model, from {done.checkpoint}")
+    return EXIT_OK
+
+
 def size_of(text: str) -> int:
     """Bytes of ``5GB``, ``500MiB``, ``1000``.
 
@@ -105,4 +130,5 @@ def _say(report: Report, what: str) -> None:
 VERBS: Mapping[str, Verb] = {
     "convert hf-import": Verb("make a checkpoint of a Hugging Face model", hf_import),
     "convert hf-export": Verb("make a Hugging Face model of a checkpoint", hf_export),
+    "convert peft-export": Verb("write the adapters (LoRA) of a checkpoint for PEFT", peft_export),
 }

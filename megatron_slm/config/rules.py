@@ -12,6 +12,7 @@ from megatron_slm.config import (
     rules_fp8,
     rules_latent,
     rules_layout,
+    rules_lora,
     rules_replay,
     rules_stage,
     rules_training,
@@ -184,4 +185,5 @@ RULES: tuple[Rule, ...] = (
     *rules_dynamics.RULES,
     *rules_replay.RULES,
     *rules_stage.RULES,
+    *rules_lora.RULES,
 )

@@ -25,6 +25,7 @@ from megatron_slm.model.hf import EMBEDDING, Block, blocks
 from megatron_slm.model.hf_config import CONFIG_FILE
 from megatron_slm.model.hf_config_out import choose_model_type, huggingface_config
 from megatron_slm.train import recovery
+from megatron_slm.train.checkpoint import has_adapters
 from megatron_slm.train.ema import PREFIX
 from megatron_slm.train.payload_index import is_weight, read_index
 from megatron_slm.train.payload_stream import BlockReader
@@ -77,6 +78,11 @@ class Stored:
                     f"{list(block.global_shape)}; choose a checkpoint whose config.yaml is its own"
                 )
             self.dtypes[block.name] = dtype or stored.dtype
+        if not prefix and has_adapters(index.tensors):
+            raise CheckpointError(
+                f"{path} has adapters (LoRA): put them into the weights with mslm checkpoint merge-lora and export that, "
+                "or export them alone with mslm convert peft-export"
+            )
         if extra := sorted({name for name in index.tensors if is_weight(name)} - set(self.dtypes)):
             raise CheckpointError(
                 f"{path} has {extra[0]} (and {len(extra) - 1} more), for which Hugging Face's model has no name; it "

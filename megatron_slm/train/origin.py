@@ -16,6 +16,7 @@ from megatron_slm.errors import CheckpointError
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train import checkpoint, recovery
 from megatron_slm.train.optimizer_state import inner_optimizers
+from megatron_slm.train.payload_index import read_index
 from megatron_slm.train.replayed_run import refuse_other_replay
 from megatron_slm.train.step import TrainState
 
@@ -54,6 +55,7 @@ def verify_origin(config: RunConfig, checkpoints: Path, start: Cursor, identity:
     if config.checkpoint.pretrained_checkpoint is not None:
         source = recovery.find(Path(config.checkpoint.pretrained_checkpoint))
         require_same_shape(source.path, config.model)
+        _refuse_adapters(source.path)
         return Origin(source.path, weights_only=True, warning=source.warning)
     return Origin()
 
@@ -149,6 +151,15 @@ def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
         ),
         *resumed.changes,
     ]
+
+
+def _refuse_adapters(source: Path) -> None:
+    """What a run starts from, and compares with, is a model of its weights alone."""
+    if checkpoint.has_adapters(read_index(source).tensors):
+        raise CheckpointError(
+            f"checkpoint.pretrained_checkpoint = {source} has adapters (LoRA); put them into its weights with `mslm "
+            f"checkpoint merge-lora {source} --output DIR`, and name that directory"
+        )
 
 
 def _of_first_rank(origin: Origin | None) -> Origin:
