@@ -16,6 +16,7 @@ from megatron_slm.commands import (
     checkpoint,
     convert,
     data,
+    diagnose,
     doctor,
     examples,
     generate,
@@ -40,6 +41,7 @@ VERBS: Mapping[str, Verb] = {
     **plan.VERBS,
     **replay.VERBS,
     **doctor.VERBS,
+    **diagnose.VERBS,
 }
 
 

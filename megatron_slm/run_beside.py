@@ -10,8 +10,11 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megatron_slm.data.cursor import Cursor
+from megatron_slm.data.examples.document import Document
 from megatron_slm.data.examples.loader import RowLoader
+from megatron_slm.data.examples.rows import ExampleRows
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.errors import ConfigError
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.isolation import require_isolation
 from megatron_slm.parallel.pipeline import Batch
@@ -20,8 +23,12 @@ from megatron_slm.run_judge import judge_of
 from megatron_slm.run_parts import Run
 from megatron_slm.run_policy import Policy, starting_model, teacher_of
 from megatron_slm.run_reference import PairReference
+from megatron_slm.run_rollouts import sampling_of
 from megatron_slm.stages import pretrain
+from megatron_slm.stages.experience import Sampler
+from megatron_slm.stages.on_policy import micro_batches, numbered
 from megatron_slm.stages.reference import Frozen
+from megatron_slm.stages.sequences import Shape
 from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.batch_size import global_batch_size_at
 from megatron_slm.train.step import StepInput
@@ -88,7 +95,39 @@ def inputs_of(run: Run, beside: Beside | None = None) -> Iterator[StepInput]:
         return step_inputs(Path(kept), dist.get_rank(), run.state, run.plan.device)
     if beside.policy is not None:
         return beside.policy.inputs()
+    if beside.teacher is not None and config.distill.distill_on_policy_fraction > 0:
+        return _inputs_on_policy(run, beside.teacher)
     return _inputs_of_data(run, beside)
+
+
+def _inputs_on_policy(run: Run, teacher: Frozen) -> Iterator[StepInput]:
+    """A distillation's steps on answers of which the student has drawn some itself."""
+    config, state, plan, loader = run.resolved.config, run.state, run.plan, run.loader
+    sampler = Sampler(
+        state.chunks, sampling_of(config, run.data.tokenizer), 1, run.vocab_size, config.rollout.batch_size
+    )
+    shape = Shape(plan.seq_length, config.train.micro_batch_size, loader.eod_id)
+    while True:
+        cursor = state.cursor
+        size = global_batch_size_at(cursor.consumed_samples, train=config.train)
+        examples = numbered(_documents(loader, cursor, size), plan.seq_length)
+        batches = micro_batches(examples, config.distill.distill_on_policy_fraction, sampler, state.step, plan, shape)
+        add_hidden(teacher, batches, plan)
+        yield StepInput(batches, cursor.advance(size))
+
+
+def _documents(loader: RowLoader, cursor: Cursor, size: int) -> Iterator[tuple[int, int, Document]]:
+    """Position, place in its row, and document, of this rank's rows of the step that begins at ``cursor``."""
+    for number in range(loader.num_micro_batches(size)):
+        for position in loader.positions(number, cursor.consumed_samples):
+            found = cursor.order.sample_id(position)
+            source = loader.sources[found.source]
+            if not isinstance(source, ExampleRows):
+                raise ConfigError(
+                    f"distill.distill_on_policy_fraction: the source {found.source} is text without prompts; set it to 0"
+                )
+            for place, document in enumerate(source.documents(found.index)):
+                yield position, place, source.document(document)
 
 
 def _inputs_of_data(run: Run, beside: Beside) -> Iterator[StepInput]:

@@ -1,4 +1,4 @@
-"""The adapters of a checkpoint: which there are, layer by layer, and what they do to a weight. See ``parallel/lora.py``.
+"""The adapters of a checkpoint: which there are, layer by layer, and what they do to a weight (``parallel/lora.py``).
 
 A checkpoint holds them beside the weights, stacked as these are: ``decoder.layers.mlp.linear_fc1_adapter.lora_a``
 [layers, R, I] and ``.lora_b`` [layers, O, R] beside ``decoder.layers.mlp.linear_fc1.weight`` [layers, O, I].

@@ -80,8 +80,8 @@ class Stored:
             self.dtypes[block.name] = dtype or stored.dtype
         if not prefix and has_adapters(index.tensors):
             raise CheckpointError(
-                f"{path} has adapters (LoRA): put them into the weights with mslm checkpoint merge-lora and export that, "
-                "or export them alone with mslm convert peft-export"
+                f"{path} has adapters (LoRA): put them into the weights with mslm checkpoint merge-lora and export "
+                "that, or export them alone with mslm convert peft-export"
             )
         if extra := sorted({name for name in index.tensors if is_weight(name)} - set(self.dtypes)):
             raise CheckpointError(

@@ -1,7 +1,7 @@
 """The adapters of a checkpoint as PEFT's files: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Hugging Face's models have queries, keys and values, gate and up, each in a linear layer of its own. Their adapters share
-the A of our one layer, and its B is divided by rows as the weight is.
+Hugging Face's models have queries, keys and values, gate and up, each in a linear layer of its own. Their adapters
+share the A of our one layer, and its B is divided by rows as the weight is.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def export_adapters(checkpoint: Path, output: Path, *, base: str | None = None) 
     adapters = StoredAdapters(found.path)
     if any(name.endswith(HEAD) for name in adapters.index.tensors):
         raise CheckpointError(
-            f"{found.path} ends with a number and not with words; PEFT's files would lose its head. Keep the checkpoint "
-            "as it is, or put the adapters into its weights with mslm checkpoint merge-lora"
+            f"{found.path} ends with a number and not with words; PEFT's files would lose its head. Keep the "
+            "checkpoint as it is, or put the adapters into its weights with mslm checkpoint merge-lora"
         )
     model_type = choose_model_type(config.model, None)
     if model_type == "gpt2":
@@ -77,7 +77,7 @@ def export_adapters(checkpoint: Path, output: Path, *, base: str | None = None) 
 
 def _named(block: Block, first: Tensor, second: Tensor) -> dict[str, Tensor]:
     """PEFT's tensors of one layer: A [R, I] for each part of the weight, and the part's rows of B [O, R]."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for part, rows in zip(block.parts, replace(block, shape=tuple(second.shape)).split(second), strict=True):
         place = PREFIX + part.name.removesuffix(WEIGHT)
         # Each has a storage of its own: safetensors refuses tensors that share one.

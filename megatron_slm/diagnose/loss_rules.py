@@ -11,8 +11,9 @@ from megatron_slm.diagnose.records import FEWEST_STEPS, POLICY_STAGES, Records, 
 from megatron_slm.diagnose.robust import change, deviation, median, rolling_medians, share_above
 from megatron_slm.train.guard import NORMAL_DEVIATIONS
 
-ABOVE_START = 0.02
-"""Of the first loss: 90 % of the last steps this far above it are no noise of batches around an equal loss."""
+ABOVE_START = 0.1
+"""Of the first loss, which may have been a lucky batch: with a noise of 10 % a step, a flat loss has 90 % of its last
+steps this far above the first in 1 of 100 runs, and then it is a plateau anyway."""
 MOST = 0.9
 """Of 10 steps or more. Were above and below equally likely, 9 of 10 would come in 1 of 93 runs, 23 of 25 in 1 of
 100,000."""
@@ -44,11 +45,21 @@ EMPTY_LOSS = 0.01
 
 
 def enough_steps(records: Records) -> str:
-    """What the rules of this file need."""
+    """What a divergence is told by: steps enough for a trend, or a loss that is not finite."""
+    return "" if _trouble(records) else enough_for_quarters(records)
+
+
+def enough_for_quarters(records: Records) -> str:
+    """What is told by comparing parts of a run."""
     found = len(records.objective().values)
-    if found >= FEWEST_STEPS or any(not_finite(record, records) for record in records.steps):
+    return "" if found >= FEWEST_STEPS else f"needs {FEWEST_STEPS} steps with {records.objective_name}, has {found}"
+
+
+def spikes_visible(records: Records) -> str:
+    """What a spike is told by: steps before it, or what the guard did."""
+    if len(records.series(records.loss_key).values) > SPIKE_WINDOW or any(r.get("skipped") for r in records.steps):
         return ""
-    return f"needs {FEWEST_STEPS} steps with {records.objective_name}, there are {found}"
+    return f"needs more than {SPIKE_WINDOW} steps with a loss"
 
 
 def not_finite(record: Mapping[str, Any], records: Records) -> bool:
@@ -66,14 +77,9 @@ def divergence(records: Records) -> Finding | None:
     """The loss is not finite, ends above where it began, or has lost half of what it had gained."""
     evidence: list[str] = []
     first = None
-    bad = [record["step"] for record in records.steps if not_finite(record, records)]
-    if bad:
-        first = bad[0]
-        evidence.append(f"the loss of {len(bad)} steps is not finite, the first at step {bad[0]}")
-    for error in records.errors[-1:]:
-        if "the loss is nan" in error or "the loss is inf" in error or "not finite" in error:
-            first = first if first is not None else records.steps[-1]["step"] + 1
-            evidence.append(f"the run ended with: {error[:300]}")
+    for step, sentence in _trouble(records):
+        first = first if first is not None else step
+        evidence.append(sentence)
     series = records.objective()
     if len(series.values) >= FEWEST_STEPS and (risen := _risen(series, records.objective_name)):
         first = first if first is not None else risen[0]
@@ -92,6 +98,18 @@ def divergence(records: Records) -> Finding | None:
         intervention="Go back to the newest checkpoint before that step and halve optimizer.lr; with a warm-up of 0, "
         "also set schedule.lr_warmup_iters to 1 to 2 % of the run.",
     )
+
+
+def _trouble(records: Records) -> list[tuple[int, str]]:
+    """Losses that are not finite, in the records or in what ended the run."""
+    found = []
+    bad = [record["step"] for record in records.steps if not_finite(record, records) and not record.get("skipped")]
+    if bad:
+        found.append((bad[0], f"the loss of {len(bad)} steps is not finite, the first at step {bad[0]}"))
+    for error in records.errors[-1:]:
+        if any(word in error for word in ("the loss is nan", "the loss is inf", "not finite")):
+            found.append((records.steps[-1]["step"] + 1, f"the run ended with: {error[:300]}"))
+    return found
 
 
 def _divergence_causes(records: Records) -> tuple[str, ...]:
@@ -116,7 +134,8 @@ def _risen(series: Series, name: str) -> tuple[int, str] | None:
     """Where a loss has left what was learned, and the sentence about it."""
     width = width_of(series)
     late = series.values[-max(10, width) :]
-    began = max(series.values[:3])
+    # The first step alone: with a rate far too high the second is already lost.
+    began = series.values[0]
     limit = began + ABOVE_START * abs(began)
     if share_above(late, limit) >= MOST:
         step = next(step for step, value in zip(series.steps[1:], series.values[1:], strict=True) if value > limit)
@@ -141,7 +160,11 @@ def _risen(series: Series, name: str) -> tuple[int, str] | None:
 def spike(records: Records) -> Finding | None:
     """Single steps far above those before them, and what the guard skipped or rolled back."""
     evidence, steps = [], []
-    for step, value, middle, far in _spikes(records.series(records.loss_key)):
+    series = records.series(records.loss_key)
+    lost = _risen(series, "") if len(series.values) >= FEWEST_STEPS else None
+    for step, value, middle, far in _spikes(series):
+        if lost is not None and step >= lost[0]:
+            continue  # what does not come back is no spike
         steps.append(step)
         evidence.append(
             f"step {step}: loss {value:.4g}, {far:.0f} robust deviations above {middle:.4g}, the median of the "
@@ -221,9 +244,8 @@ def late_instability(records: Records) -> Finding | None:
         return None
     norms = records.series("grad_norm")
     if len(norms.values) >= FEWEST_STEPS:
-        evidence.append(
-            f"gradient norm, median by quarter of the run: {', '.join(f'{median(norms.quarter(at)):.3g}' for at in range(4))}"
-        )
+        by_quarter = ", ".join(f"{median(norms.quarter(at)):.3g}" for at in range(4))
+        evidence.append(f"gradient norm, median by quarter of the run: {by_quarter}")
     return Finding(
         name="late-instability",
         summary="a run that was learning has become unstable",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_slm.diagnose.finding import Finding
 from megatron_slm.diagnose.records import FEWEST_STEPS, Records, Series
 from megatron_slm.diagnose.robust import change, differences, median, rank_correlation
@@ -113,7 +116,7 @@ def entropy_collapse(records: Records) -> Finding | None:
             "the learning rate is too high for learning from rewards",
             "a small part of the reward is easy and was taken first (format)",
             "no entropy bonus, no distance to the reference",
-            "the upper clip is too narrow for unlikely tokens to grow (grpo.grpo_epsilon_high)",
+            "the upper clip is too narrow for unlikely tokens to grow (grpo.grpo_clamp_eps_upper)",
         ),
         intervention="Go back to the newest checkpoint before that step and divide optimizer.lr by three.",
     )
@@ -200,8 +203,7 @@ def _sequence_kl(records: Records) -> Series:
     return Series([step for step, _ in rows], [value for _, value in rows])
 
 
-def _both(record: object) -> bool:
-    assert hasattr(record, "get"), "records are mappings"
+def _both(record: Mapping[str, Any]) -> bool:
     return record.get("kl") is not None and record.get("completions/mean_length") is not None
 
 

@@ -15,7 +15,7 @@ import yaml
 from megatron_slm.errors import CheckpointError, DataError
 from megatron_slm.train import publish
 from megatron_slm.train.run_directory import RunDirectory, stored_identity
-from megatron_slm.train.saved_state import SavedState, read_state
+from megatron_slm.train.saved_state import SCHEMA_VERSION, STATE_FILE, SavedState, read_state
 
 POLICY_STAGES = ("ppo", "grpo")
 """Their loss says nothing of how well they do; their reward does."""
@@ -219,5 +219,14 @@ def _checkpoints(directory: Path) -> dict[int, SavedState | str]:
         try:
             found[step] = read_state(path)
         except CheckpointError as error:
-            found[step] = str(error)
+            if not _of_another_program(path / STATE_FILE):
+                found[step] = str(error)
     return found
+
+
+def _of_another_program(path: Path) -> bool:
+    """Whether a whole file is of another schema: nothing is wrong with it, it cannot be read here."""
+    try:
+        return bool(json.loads("\n".join(_lines(path)))["schema_version"] != SCHEMA_VERSION)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -60,6 +60,15 @@ def lay_out(
         packed: else every sequence has a row.
     """
     documents = [each.document(counts=one, pooled=pooled) for each, one in zip(drawn, counts, strict=True)]
+    laid = lay_out_documents(documents, shape, packed=packed)
+    for batch, own in zip(laid.batches, laid.owners, strict=True):
+        if any(drawn[at].completion.kept is not None for at in own):
+            batch["kept"] = _kept(batch, [drawn[at] for at in own])
+    return laid
+
+
+def lay_out_documents(documents: Sequence[Document], shape: Shape, *, packed: bool = True) -> Laid:
+    """The same of documents that are there already."""
     slots = np.array([each.num_slots for each in documents], dtype=np.int64)
     if packed:
         packing = best_fit_decreasing(slots, shape.seq_length)
@@ -72,10 +81,7 @@ def lay_out(
         own = members[first : first + size]
         rows: list[Row | None] = [row_of([documents[at] for at in row]) for row in own]
         rows += [None] * (size - len(rows))
-        batch = build_rows(rows, seq_length=shape.seq_length, eod_id=shape.eod_id)
-        if any(drawn[at].completion.kept is not None for row in own for at in row):
-            batch["kept"] = _kept(batch, [drawn[at] for row in own for at in row])
-        batches.append(batch)
+        batches.append(build_rows(rows, seq_length=shape.seq_length, eod_id=shape.eod_id))
         owners.append([at for row in own for at in row])
     return Laid(batches, owners)
 
@@ -83,7 +89,9 @@ def lay_out(
 def filled_up(laid: Laid, number: int, shape: Shape) -> Laid:
     """The same with micro-batches in which nothing counts, until there are ``number``: every rank takes as many."""
     empty = build_rows([None] * shape.micro_batch_size, seq_length=shape.seq_length, eod_id=shape.eod_id)
-    empty["generation_logprobs"] = torch.zeros(empty["loss_mask"].shape)
+    for name in laid.batches[0] if laid.batches else ("generation_logprobs",):
+        if name not in empty and name != "kept":
+            empty[name] = torch.zeros_like(empty["loss_mask"])
     missing = number - len(laid.batches)
     more = [{name: field.clone() for name, field in empty.items()} for _ in range(missing)]
     return Laid([*laid.batches, *more], [*laid.owners, *([] for _ in range(missing))])
