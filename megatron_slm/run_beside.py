@@ -124,7 +124,7 @@ def _documents(loader: RowLoader, cursor: Cursor, size: int) -> Iterator[tuple[i
             source = loader.sources[found.source]
             if not isinstance(source, ExampleRows):
                 raise ConfigError(
-                    f"distill.distill_on_policy_fraction: the source {found.source} is text without prompts; set it to 0"
+                    f"distill.distill_on_policy_fraction: the source {found.source} is text without prompts; set 0"
                 )
             for place, document in enumerate(source.documents(found.index)):
                 yield position, place, source.document(document)

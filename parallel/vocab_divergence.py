@@ -124,7 +124,7 @@ class _Divergence(torch.autograd.Function):
         hidden, weight, labels, teacher_hidden, teacher_weight, kept = ctx.saved_tensors
         shard: Shard = ctx.shard
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
         for part in chunks(len(hidden)):
             log_q = shard.logits(hidden[part], weight) - kept[0, part, None]
             log_p = shard.logits(teacher_hidden[part], teacher_weight) - kept[1, part, None]
@@ -135,7 +135,8 @@ class _Divergence(torch.autograd.Function):
             grad_logits -= q * of_label
             grad_logits.scatter_add_(1, columns, torch.where(mine, of_label, 0.0))
             shard.spread(grad_logits, hidden, weight, part=part, grad_hidden=grad_hidden, grad_weight=grad_weight)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, of_weight, None, None, None
 
 
 def _sums(student: Tensor, teacher: Tensor, labels: Tensor, shard: Shard) -> Tensor:

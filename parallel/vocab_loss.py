@@ -77,7 +77,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         totals = torch.zeros(3, dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         # Chunks are added in full precision; a half-precision sum would lose the last chunks' bits.
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if ctx.needs_input_grad[1] else None
         tokens = hidden.shape[0]
         size = max(1, min(CHUNK_TOKENS, -(-tokens // 2)))
         for part in (slice(start, min(start + size, tokens)) for start in range(0, tokens, size)):
@@ -87,19 +87,21 @@ class _VocabParallelLoss(torch.autograd.Function):
                 logits, labels[part] - first_row, group, objective, real=real, needs_grad=needs_grad
             )
             totals += torch.stack([(each * mask[part]).sum() for each in losses])
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 grad_logits = gradient.mul_(mask[part, None]).to(hidden.dtype)
                 torch.matmul(grad_logits, weight, out=grad_hidden[part])
-                grad_weight += (grad_logits.t() @ hidden[part]).to(exact)
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+                if grad_weight is not None:
+                    grad_weight += (grad_logits.t() @ hidden[part]).to(exact)
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return totals
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_output[OBJECTIVE].to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None
+        of_weight = None if grad_weight is None else grad_weight * scale
+        return grad_hidden * scale, of_weight, None, None, None, None
 
 
 def _losses(

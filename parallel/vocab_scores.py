@@ -125,7 +125,7 @@ class _Scores(torch.autograd.Function):
         hidden, weight, labels, kept, partition, entropy = ctx.saved_tensors
         shard: Shard = ctx.shard
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
         for part in chunks(len(hidden)):
             logits = shard.logits(hidden[part], weight, None if kept is None else kept[part])
             logits -= partition[part, None]
@@ -136,7 +136,8 @@ class _Scores(torch.autograd.Function):
             columns, mine = shard.columns(labels[part])
             grad_logits.scatter_add_(1, columns, torch.where(mine, of_labels, 0.0))
             shard.spread(grad_logits, hidden, weight, part=part, grad_hidden=grad_hidden, grad_weight=grad_weight)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, of_weight, None, None, None, None
 
 
 class Shard(NamedTuple):
@@ -184,14 +185,15 @@ class Shard(NamedTuple):
         *,
         part: slice,
         grad_hidden: Tensor,
-        grad_weight: Tensor,
+        grad_weight: Tensor | None,
     ) -> None:
-        """Carry the gradient of a chunk's logits [T, V_l] on to the hidden states and the matrix."""
+        """Carry the gradient of a chunk's logits [T, V_l] on to the hidden states and, if it is trained, the matrix."""
         if self.temperature != 1.0:
             grad_logits /= self.temperature
         half = grad_logits.to(hidden.dtype)
         torch.matmul(half, weight, out=grad_hidden[part])
-        grad_weight += (half.t() @ hidden[part]).to(grad_weight.dtype)
+        if grad_weight is not None:
+            grad_weight += (half.t() @ hidden[part]).to(grad_weight.dtype)
 
     def _is_kept(self, kept: Tensor, like: Tensor) -> Tensor:
         columns, mine = self.columns(kept)

@@ -10,8 +10,8 @@ from megatron_slm.diagnose.records import FEWEST_STEPS, Records
 from megatron_slm.diagnose.robust import median
 
 DEAD_SHARE = 1e-3
-"""Of the median layer's gradient norm. Depth and residual connections spread healthy layers over one decade, the
-embedding over two; three are a layer that gets nothing."""
+"""Of the largest gradient norm of a part. Depth and residual connections spread healthy parts over up to two decades
+(the output layer is the largest at the start); at three, clipping by the global norm leaves the others nothing."""
 DEAD_NORM = 1e-7
 """A global norm in fp32: rounding of a sum of a million terms of size one is larger."""
 SATURATED_RMS, SATURATED_GROWTH = 100.0, 3e3
@@ -36,7 +36,7 @@ def dead_gradients(records: Records) -> Finding | None:
     if dead := _persistent(layers, _dead):
         step = layers[0]["step"]
         evidence += [_sentence(layers, "grad_norm", part, "gradient norm") for part in dead[:4]]
-        evidence.append(f"dead: {', '.join(dead)}; median layer {_middle(layers[-1]):.2g}")
+        evidence.append(f"dead: {', '.join(dead)}; the largest norm of a part is {_largest(layers[-1]):.2g}")
     if saturated := _persistent(layers, _saturated):
         step = layers[0]["step"]
         evidence += [_sentence(layers, "activation_rms", part, "output RMS") for part in saturated[:4]]
@@ -81,20 +81,18 @@ def _persistent(layers: Sequence[Mapping[str, Any]], bad: Any) -> list[str]:
     return [part for part in layers[-1]["grad_norm"] if counts.get(part, 0) >= PERSISTENT * len(layers)]
 
 
-def _middle(record: Mapping[str, Any]) -> float:
-    """The median gradient norm of the layers, or where all are dead that of the other parts."""
-    norms = [value for value in record["grad_norm"].values() if value is not None]
-    inner = [value for part, value in record["grad_norm"].items() if part.startswith("layer_") and value is not None]
-    return max(median(inner or [0.0]), DEAD_SHARE * max(norms, default=0.0))
+def _largest(record: Mapping[str, Any]) -> float:
+    """The largest gradient norm of a part."""
+    return max((value for value in record["grad_norm"].values() if value is not None), default=0.0)
 
 
 def _dead(record: Mapping[str, Any]) -> list[str]:
-    middle = _middle(record)
+    limit = max(DEAD_SHARE * _largest(record), DEAD_NORM)
     # The final norm has a vector of weights where the others have matrices.
     return [
         part
         for part, value in record["grad_norm"].items()
-        if part != "final_norm" and value is not None and value < max(DEAD_SHARE * middle, DEAD_NORM)
+        if part != "final_norm" and value is not None and value < limit
     ]
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from megatron_slm.diagnose.finding import Finding
 from megatron_slm.diagnose.records import FEWEST_STEPS, POLICY_STAGES, Records, Series
 from megatron_slm.diagnose.robust import change, deviation, median, rolling_medians, share_above
-from megatron_slm.train.guard import NORMAL_DEVIATIONS
 
 ABOVE_START = 0.1
 """Of the first loss, which may have been a lucky batch: with a noise of 10 % a step, a flat loss has 90 % of its last
@@ -24,13 +23,16 @@ WINDOW_DEVIATIONS = 3.0
 the luck of the best of some hundred windows."""
 RISE = 0.05
 """Of the best loss: a smaller upturn is within what the order of the data does."""
-SPIKE_DEVIATIONS = 8.0
-"""The guard warns at 6 while a run lasts; batches of real text reach that about once in some thousand steps, with no
-harm done, and a finding should mean something."""
+SPIKE_DEVIATIONS = 10.0
+"""The guard warns at 6 while a run lasts, and a batch of rare text may reach 8 with no harm done; what does harm has
+jumped by tens of deviations."""
 SPIKE_RISE = 0.1
 """Of the median: where the noise is tiny, deviations alone would call anything a spike."""
-SPIKE_WINDOW = 16
-"""Steps that a spike is judged by: enough for a median and its deviation, few enough that the trend is small."""
+SPIKE_TAIL = 3.0
+"""Times the 95th percentile of how far any step is above those before it. Normal noise has it at 1.6 deviations, so
+this changes nothing; losses whose noise has a long tail have many such steps, and none of them is an event."""
+SPIKE_WINDOW, SPIKE_MEMORY = 16, 32
+"""Steps before that a spike is judged by, at least and at most: enough for a deviation, few enough for a small trend."""
 VOLATILE = 4.0
 """Times the noise in the second quarter of the run. The ratio of two such estimates from 25 steps each is within 2.5
 in all but 1 of 1,000 runs."""
@@ -138,7 +140,9 @@ def _risen(series: Series, name: str) -> tuple[int, str] | None:
     began = series.values[0]
     limit = began + ABOVE_START * abs(began)
     if share_above(late, limit) >= MOST:
-        step = next(step for step, value in zip(series.steps[1:], series.values[1:], strict=True) if value > limit)
+        smooth = rolling_medians(series.values, min(width, len(late)))
+        below = [at for at, value in enumerate(smooth) if value <= limit]
+        step = series.steps[below[-1] + 1 if below else 1]
         return step, (
             f"{name} began at {began:.4g} and is above that in {share_above(late, limit):.0%} of the last "
             f"{len(late)} steps (median {median(late):.4g})"
@@ -167,8 +171,8 @@ def spike(records: Records) -> Finding | None:
             continue  # what does not come back is no spike
         steps.append(step)
         evidence.append(
-            f"step {step}: loss {value:.4g}, {far:.0f} robust deviations above {middle:.4g}, the median of the "
-            f"{SPIKE_WINDOW} steps before"
+            f"step {step}: loss {value:.4g}, {far:.0f} robust deviations above {middle:.4g}, the median of up to "
+            f"{SPIKE_MEMORY} steps before"
         )
     skipped = [record["step"] for record in records.steps if record.get("skipped")]
     if skipped:
@@ -202,15 +206,19 @@ def spike(records: Records) -> Finding | None:
 
 
 def _spikes(series: Series) -> list[tuple[int, float, float, float]]:
-    """(step, value, median before, deviations above it) of steps that are far above those before."""
+    """(step, value, median before, deviations above it) of steps far above those before, that those after are not."""
+    values = series.values
+    befores = [values[max(0, at - SPIKE_MEMORY) : at] for at in range(SPIKE_WINDOW, len(values))]
+    middles = [median(before) for before in befores]
+    rises = [value - middle for value, middle in zip(values[SPIKE_WINDOW:], middles, strict=True)]
+    tail = SPIKE_TAIL * sorted(rises)[int(0.95 * len(rises))] if rises else 0.0
     found = []
-    for at in range(SPIKE_WINDOW, len(series.values)):
-        before, value = series.values[at - SPIKE_WINDOW : at], series.values[at]
-        middle = median(before)
-        noise = max(NORMAL_DEVIATIONS * median([abs(each - middle) for each in before]), deviation(before))
-        if value - middle > max(SPIKE_DEVIATIONS * noise, SPIKE_RISE * abs(middle)) and middle > 0.0:
-            far = (value - middle) / noise if noise else math.inf
-            found.append((series.steps[at], value, middle, far))
+    for at, (before, middle, rise) in enumerate(zip(befores, middles, rises, strict=True), start=SPIKE_WINDOW):
+        noise = deviation(before)
+        after = values[at + 1 : at + 1 + SPIKE_WINDOW]
+        back = not after or median(after) < middle + rise / 2.0
+        if back and rise > max(SPIKE_DEVIATIONS * noise, SPIKE_RISE * abs(middle), tail):
+            found.append((series.steps[at], values[at], middle, rise / noise if noise else math.inf))
     return found
 
 
@@ -269,7 +277,7 @@ def plateau(records: Records) -> Finding | None:
     rates = records.series("learning_rate")
     peak = max(rates.values, default=0.0)
     evidence, step = [], series.steps[0]
-    if len(series.values) >= 2 * FEWEST_STEPS and moved.errors > -NO_PROGRESS_ERRORS and not _falls(series):
+    if len(series.values) >= 2 * FEWEST_STEPS and abs(moved.errors) < NO_PROGRESS_ERRORS and not _falls(series):
         evidence.append(
             f"{records.objective_name} has a median of {moved.early:.4g} in the first quarter and {moved.late:.4g} in "
             f"the last: {abs(moved.errors):.1f} standard errors apart"

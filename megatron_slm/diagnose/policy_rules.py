@@ -14,20 +14,22 @@ PROXY_GAIN, TRUTH_GAIN = 0.1, 0.02
 """Of rewards between 0 and 1, by quarters of a run: a reward model that was exploited rose by 0.31 while the truth
 moved by 0.001; sound runs raised both by 0.3 and more."""
 COLLAPSED_ENTROPY, ZERO_ENTROPY = 0.1, 0.01
-"""Of the first quarter's, and in nats a token: at 0.01 a hundred tokens leave one choice open."""
+"""Of the beginning's, and in nats a token: at 0.01 a hundred tokens leave one choice open."""
 ZERO_SHARE, ZERO_STEPS = 0.8, 10
 """Groups without a difference. At 0.8 four fifths of what was generated teach nothing; one step may be bad luck with
 16 groups, ten in a row are not."""
 SEQUENCE_KL, TOKEN_KL = 3.0, 0.05
 """Nats. Sound runs with answers of seven tokens ended at 2 a sequence, one that exploited its reward model at 3.9.
 Longer answers may go as far a token as 60 of them that reach 3."""
-RISING_ERRORS = 2.0
-"""Standard errors of the difference of two quarters."""
+RISING_ERRORS, RISING = 2.0, 0.05
+"""Standard errors of the difference of the last two quarters, and of the distance: one that has settled moves less."""
 LONGER, CUT_OFF = 1.5, 0.1
 """Times the length of the first quarter, and more of the answers cut off: beyond what a changed style explains."""
 PAID_BY_LENGTH = 0.5
 """Rank correlation of the changes of length and reward from step to step; of 30 steps without a connection it is
 beyond 0.46 in one of 200 runs."""
+BEGINNING = 5
+"""Steps that tell how a run began: rates far too high have done their work before the first quarter is over."""
 GAP_SHARE = 0.5
 """Of the largest difference that rounding explains: it grows by powers of two long before it stops the run."""
 GAP_MEAN = 0.02
@@ -60,22 +62,33 @@ def reward_hacking(records: Records) -> Finding | None:
     """The reward rises and what it stands for does not."""
     reward = records.series("reward")
     for name, truth in truths(records):
-        for start in range(3):
-            proxy_gain = median(reward.quarter(3)) - median(reward.quarter(start))
-            truth_gain = median(truth.quarter(3)) - median(truth.quarter(start))
+        for first, second in zip(_starts(reward), _starts(truth), strict=True):
+            proxy_gain = median(reward.quarter(3)) - median(first.values)
+            truth_gain = median(truth.quarter(3)) - median(second.values)
             if proxy_gain > PROXY_GAIN and truth_gain < TRUTH_GAIN:
-                return _hacked(records, name, truth, start)
+                return _hacked(records, name, truth, first.steps[0])
     return None
 
 
-def _hacked(records: Records, name: str, truth: Series, start: int) -> Finding:
+def _starts(series: Series) -> list[Series]:
+    """From where on a gain is counted: the beginning of the run, the second and the third quarter."""
+    size = len(series.values)
+    return [
+        Series(series.steps[at : at + BEGINNING], series.values[at : at + BEGINNING])
+        if at == 0
+        else Series(series.steps[at : at + size // 4], series.values[at : at + size // 4])
+        for at in (0, size // 4, size // 2)
+    ]
+
+
+def _hacked(records: Records, name: str, truth: Series, step: int) -> Finding:
     reward = records.series("reward")
     by_quarter = [", ".join(f"{median(series.quarter(at)):.3f}" for at in range(4)) for series in (reward, truth)]
     kl = records.series("objective/kl")
     return Finding(
         name="reward-hacking",
         summary=f"the reward rises, {name} does not",
-        step=reward.steps[start * len(reward.steps) // 4],
+        step=step,
         evidence=(
             f"reward, median by quarter of the run: {by_quarter[0]}",
             f"{name}: {by_quarter[1]}",
@@ -95,13 +108,14 @@ def _hacked(records: Records, name: str, truth: Series, start: int) -> Finding:
 def entropy_collapse(records: Records) -> Finding | None:
     """The policy has one answer left, and did not become good by it."""
     entropy = records.series(POLICY_ENTROPY[records.stage])
-    early, late = median(entropy.quarter(0)), median(entropy.quarter(3))
+    # The first step's answers are those of the untrained policy.
+    early, late = entropy.values[0], median(entropy.quarter(3))
     if late > max(COLLAPSED_ENTROPY * early, ZERO_ENTROPY) or early <= ZERO_ENTROPY:
         return None
     low = [value <= max(COLLAPSED_ENTROPY * early, ZERO_ENTROPY) for value in entropy.values]
     reward = records.series("reward")
-    gain = median(reward.quarter(3)) - median(reward.quarter(0))
-    if gain > PROXY_GAIN:
+    began = reward.values[0]
+    if median(reward.quarter(3)) - began > PROXY_GAIN:
         return None  # sure, and better than before: that is what was wanted
     step = next(step for step, out in zip(entropy.steps, low, strict=True) if out)
     return Finding(
@@ -109,8 +123,8 @@ def entropy_collapse(records: Records) -> Finding | None:
         summary="the policy gives one answer, and not a better one",
         step=step,
         evidence=(
-            f"entropy of a token, median by quarter: {early:.3g} to {late:.3g} nats",
-            f"reward: {median(reward.quarter(0)):.3f} to {median(reward.quarter(3)):.3f}",
+            f"entropy of a token: {early:.3g} nats at step {entropy.steps[0]}, a median of {late:.3g} in the last quarter",
+            f"reward: {began:.3f} at step {reward.steps[0]}, {median(reward.quarter(3)):.3f} in the last quarter",
         ),
         causes=(
             "the learning rate is too high for learning from rewards",
@@ -173,7 +187,7 @@ def kl_blow_up(records: Records) -> Finding | None:
     lengths = records.series("completions/mean_length")
     limit = max(SEQUENCE_KL, TOKEN_KL * median(lengths.quarter(3) or [0.0]))
     rising = change(kl.quarter(2), kl.quarter(3))
-    if rising.late <= limit or rising.errors <= RISING_ERRORS:
+    if rising.late <= limit or rising.errors <= RISING_ERRORS or rising.gain < RISING * rising.late:
         return None
     return Finding(
         name="kl-blow-up",

@@ -41,12 +41,11 @@ def adapter_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def parameters_text(model: ModelConfig, vocab_size: int, lora: LoraConfig | None = None) -> str:
     """The number of parameters in words, and how many are active or trained where these are fewer."""
-    count, active = parameters(model, vocab_size), active_parameters(model, vocab_size)
-    text = f"{count:,}" + (f" ({active:,} active)" if active != count else "")
-    if lora is None or not lora.lora_rank:
-        return text
-    trained = adapter_parameters(model, lora)
-    return f"{text} and {trained:,} of adapters, which alone are trained ({trained / (count + trained):.2%}),"
+    adapters = adapter_parameters(model, lora) if lora is not None else 0
+    count, active = (each(model, vocab_size) + adapters for each in (parameters, active_parameters))
+    notes = [f"{active:,} active"] if active != count else []
+    notes += [f"{adapters:,} trained, {adapters / count:.2%}"] if adapters else []
+    return f"{count:,}" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int) -> float:

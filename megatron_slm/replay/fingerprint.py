@@ -85,6 +85,13 @@ class Layout:
     salts: NDArray[np.int64]
 
 
+class Bound(NamedTuple):
+    """Tensors that stay where they are, ready to be read again and again: their layout and bytes."""
+
+    layout: Layout
+    data: list[Tensor]
+
+
 class Sheet:
     """Collects tensors of one device and gives all their digests at once: one transfer to the host.
 
@@ -105,15 +112,29 @@ class Sheet:
     @torch.no_grad()
     def add(self, tensors: Sequence[Tensor]) -> range:
         """Take in tensors of any shapes and dtypes; returns their places in what ``finish`` gives."""
+        return self.add_bound(Bound(self._layout(tensors), [_as_bytes(tensor) for tensor in tensors]))
+
+    @torch.no_grad()
+    def add_bound(self, bound: Bound) -> range:
+        """The same of tensors as they are now that were bound before."""
+        self._added.append(bound.layout)
+        self._products.append(_products(bound.layout, bound.data))
+        count = len(bound.data)
+        places = range(self._count, self._count + count)
+        self._count += count
+        return places
+
+    @torch.no_grad()
+    def bind(self, tensors: Sequence[Tensor]) -> Bound | None:
+        """Tensors that will change in value and not in place; None where one is not contiguous, so has no view."""
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return None
+        return Bound(self._layout(tensors), [_as_bytes(tensor) for tensor in tensors])
+
+    def _layout(self, tensors: Sequence[Tensor]) -> Layout:
         signature = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
         layout = self._layouts.get(signature)
-        if layout is None:
-            layout = self._layouts.setdefault(signature, layout_of(tensors))
-        self._added.append(layout)
-        self._products.append(_products(layout, tensors))
-        places = range(self._count, self._count + len(tensors))
-        self._count += len(tensors)
-        return places
+        return layout if layout is not None else self._layouts.setdefault(signature, layout_of(tensors))
 
     @torch.no_grad()
     def finish(self) -> NDArray[np.uint64]:
@@ -207,25 +228,23 @@ def keys(device: torch.device) -> Keys:
     return Keys(first, second, fold.view(COLUMNS, LANES).to(device))
 
 
-def _products(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
-    """Level-2 results [blocks, COLUMNS] int32."""
-    if tensors and block_products.choose(tensors[0].device.type)[0]:
-        own = keys(tensors[0].device)
-        return block_products.block_products([_as_bytes(tensor) for tensor in tensors], own.first, own.second)
-    return _level_2(_level_1(layout, tensors))
+def _products(layout: Layout, data: list[Tensor]) -> Tensor:
+    """Level-2 results [blocks, COLUMNS] int32 of the bytes of every tensor."""
+    if data and block_products.choose(data[0].device.type)[0]:
+        own = keys(data[0].device)
+        return block_products.block_products(data, own.first, own.second)
+    return _level_2(_level_1(layout, data))
 
 
-def _level_1(layout: Layout, tensors: Sequence[Tensor]) -> Tensor:
+def _level_1(layout: Layout, data: list[Tensor]) -> Tensor:
     """[blocks x ROWS, COLUMNS] int32."""
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = data[0].device if data else torch.device("cpu")
     out = torch.zeros(sum(layout.blocks) * ROWS, COLUMNS, dtype=torch.int32, device=device)
     key = keys(device).first
-    data: dict[int, Tensor] = {}
     for index, row, whole in layout.direct:
-        data[index] = _as_bytes(tensors[index])
         row_products(data[index][: whole * ROW_BYTES].view(whole, ROW_BYTES), key, out[row : row + whole])
     if layout.pieces:
-        found = [data[index][start:] if start else _as_bytes(tensors[index]) for index, start in layout.pieces]
+        found = [data[index][start:] if start else data[index] for index, start in layout.pieces]
         torch._foreach_copy_(layout.places, found)
         products = torch.empty(layout.gathered.shape[0], COLUMNS, dtype=torch.int32, device=device)
         row_products(layout.gathered, key, products)

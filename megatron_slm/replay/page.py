@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_slm.replay.fingerprint import Sheet
+from megatron_slm.replay.fingerprint import Bound, Sheet
 from megatron_slm.replay.stream import Phase, StreamWriter, records_of
+from megatron_slm.replay.tensors import Named
 
 Lanes = tuple[int, int]
 SOON_BYTES = 8 << 20
@@ -49,6 +50,7 @@ class Page:
         self._entries: list[tuple[Phase, int, str]] = []
         self._sources: list[tuple[torch.device | None, int]] = []
         self._values: list[Lanes] = []
+        self._held: dict[int, tuple[Named, list[tuple[torch.device, Bound, list[str]]] | None]] = {}
         self._texts: dict[tuple[str, torch.dtype, torch.Size], str] = {}
 
     def note_soon(self, phase: Phase, micro_batch: int, names: list[str], tensors: Sequence[Tensor]) -> None:
@@ -89,6 +91,36 @@ class Page:
                     (phase, micro_batch, self._text(names[index], tensor))
                     for index, tensor in zip(chosen, own, strict=True)
                 ]
+
+    def note_held(self, phase: Phase, named: Named) -> None:
+        """Take in tensors that stay where they are, as they are now; what ``forget_held`` ends."""
+        found = self._held.get(id(named))
+        if found is None:
+            found = self._held.setdefault(id(named), (named, self._prepared(named)))
+        _, prepared = found
+        if prepared is None:
+            self.note(phase, 0, named.names, named.tensors)
+            return
+        self.note_now()
+        with self._alone():
+            for device, bound, texts in prepared:
+                self._sources += [(device, place) for place in self._sheet(device).add_bound(bound)]
+                self._entries += [(phase, 0, text) for text in texts]
+
+    def forget_held(self) -> None:
+        """The tensors of ``note_held`` are others from now on."""
+        self._held.clear()
+
+    def _prepared(self, named: Named) -> list[tuple[torch.device, Bound, list[str]]] | None:
+        """By device, tensors that can be read where they are; None where one cannot."""
+        prepared = []
+        for device in dict.fromkeys(tensor.device for tensor in named.tensors):
+            own = [(name, tensor) for name, tensor in zip(*named, strict=True) if tensor.device == device]
+            bound = self._sheet(device).bind([tensor for _, tensor in own])
+            if bound is None:
+                return None
+            prepared.append((device, bound, [self._text(name, tensor) for name, tensor in own]))
+        return prepared
 
     def note_value(self, phase: Phase, name: str, lanes: Lanes) -> None:
         """Take in 128 bits that the host knows."""

@@ -89,8 +89,8 @@ class Recorder(Hook):
         if not self._page.open:
             return
         if not result.skipped:
-            self._note_all(Phase.OPTIMIZER, self._held.optimizer)
-        self._note_all(Phase.PARAMETER, self._held.parameters)
+            self._page.note_held(Phase.OPTIMIZER, self._held.optimizer)
+        self._page.note_held(Phase.PARAMETER, self._held.parameters)
         self._page.note_value(Phase.STEP, "loss", (_bits(result.loss), result.num_tokens))
         self._page.note_value(Phase.STEP, "grad_norm", (_bits(result.grad_norm), _bits(result.learning_rate)))
         self._page.note_value(Phase.STEP, "consumed", (result.consumed_samples, result.consumed_tokens))
@@ -120,6 +120,7 @@ class Recorder(Hook):
 
     def _begin(self, state: TrainState) -> None:
         """Find the tensors, and write what they hold before the first step."""
+        self._page.forget_held()
         self._held = Held(state.chunks, state.optimizer)
         self._listener = Listener(state.chunks, self._page, layers=self._config.level != "light")
         self._note_random(state)
@@ -143,7 +144,7 @@ class Recorder(Hook):
             self._page.note_soon(Phase.RNG, 0, [name], [value])
 
     def _note_local_gradients(self, params: list[nn.Parameter]) -> None:
-        self._note_all(Phase.LOCAL_GRADIENT, self._held.local_gradients(params))
+        self._page.note_held(Phase.LOCAL_GRADIENT, self._held.local_gradients(params))
 
     def _note_all(self, phase: Phase, named: Named) -> None:
         self._page.note(phase, 0, named.names, named.tensors)

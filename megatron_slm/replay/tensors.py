@@ -36,6 +36,7 @@ class Held:
         """Find parameters, master weights and optimizer state."""
         self.masters = named_masters(optimizer, list(chunks))
         self.names: dict[nn.Parameter, str] = {param: name for name, param in named_parameters(list(chunks))}
+        self._local: dict[tuple[int, ...], Named] = {}
         self.parameters = self._parameters(chunks)
         self.optimizer = self._optimizer(optimizer)
 
@@ -48,8 +49,11 @@ class Held:
         return found
 
     def local_gradients(self, params: Sequence[Any]) -> Named:
-        """The gradient buffers of some parameters."""
-        return Named([self.names[param] for param in params], [param.main_grad for param in params])
+        """The gradient buffers of some parameters; the same object as long as they stay in place."""
+        key = tuple(param.main_grad.data_ptr() for param in params)
+        if key not in self._local:
+            self._local[key] = Named([self.names[param] for param in params], [param.main_grad for param in params])
+        return self._local[key]
 
     def _parameters(self, chunks: Sequence[Any]) -> Named:
         found = Named([], [])

@@ -47,7 +47,9 @@ def optimizer_shards(optimizer: MegatronOptimizer, chunks: list[Any], models: di
         for state in STATES:
             data = _on_first(param, tensors.get(state), start, groups[param])
             shards[f"{place}.{state}"] = under_prefix(entry, f"{PREFIX}{state}.", data)
-    return {"step": _step(optimizer), "shards": shards}
+    steps: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(steps, _step(optimizer))  # the first rank may hold nothing that is trained
+    return {"step": max(steps), "shards": shards}
 
 
 def optimizer_request(

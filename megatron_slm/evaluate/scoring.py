@@ -1,0 +1,113 @@
+"""Documents scored by a model, several in a row: what it thinks of every label that counts, under tp and pp.
+
+Shapes: B micro-batch, S slots of a row, n labels of a document that count, L labels of all documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.data.examples.document import Document, Row, build_rows, row_of
+from megatron_slm.data.examples.packing import best_fit_decreasing
+from megatron_slm.evaluate.confidence import CONFIDENCE
+from megatron_slm.parallel.groups import is_last_pipeline_rank
+from megatron_slm.parallel.vocab_scores import CORRECT, LOGPROB
+
+ON_HOST = "document_ids"
+_AT_A_TIME = 64
+
+
+class Scored(NamedTuple):
+    """Of the labels of a document that count, float64 [n] each.
+
+    Attributes:
+        logprobs: in nats.
+        correct: 1 where the label is a likeliest token.
+        confidence: probability of the likeliest token.
+    """
+
+    logprobs: np.ndarray
+    correct: np.ndarray
+    confidence: np.ndarray
+
+
+class Reader(NamedTuple):
+    """A model that reads.
+
+    Attributes:
+        forward: micro-batches -> the output of each, [4, B, S] of ``ConfidentScores``, on the ranks that end the model;
+            empty elsewhere. Collective.
+        multiple: takes so many micro-batches at a time, or twice as many ...
+        groups: of one model copy.
+        seq_length: slots of a row; of a document too, at most.
+        micro_batch_size: rows of a forward pass.
+        eod_id: pads.
+    """
+
+    forward: Callable[[list[dict[str, Tensor]]], list[Tensor]]
+    multiple: int
+    groups: Any
+    device: torch.device
+    seq_length: int
+    micro_batch_size: int
+    eod_id: int
+
+    def read(self, documents: Sequence[Document]) -> list[Scored]:
+        """The scores of each document, on all ranks of the model. Collective."""
+        packing = best_fit_decreasing(np.array([one.num_slots for one in documents], np.int64), self.seq_length)
+        members = [packing.row(number).tolist() for number in range(packing.num_rows)]
+        counts = [int(np.count_nonzero(one.weights[1:])) for one in documents]
+        ends = np.cumsum([0, *counts])
+        found = torch.zeros(3, int(ends[-1]), dtype=torch.float64, device=self.device)
+        for rows, output in self._forward(documents, members):
+            counted = [at for row in rows for at in row if counts[at]]
+            number, slot = places(documents, rows)
+            values = output[:, number.to(self.device), slot.to(self.device)].double()
+            parts = values[[LOGPROB, CORRECT, CONFIDENCE]].split([counts[at] for at in counted], dim=1)
+            for at, part in zip(counted, parts, strict=True):
+                found[:, ends[at] : ends[at + 1]] = part
+        if self.groups.mp.size() > 1 and found.numel():
+            speaker = (self.groups.pp.size() - 1) * self.groups.tp.size()
+            dist.broadcast(found, group=self.groups.mp, group_src=speaker)
+        whole = found.cpu().numpy()
+        return [Scored(*whole[:, ends[at] : ends[at + 1]]) for at in range(len(documents))]
+
+    def _forward(
+        self, documents: Sequence[Document], members: list[list[int]]
+    ) -> Iterator[tuple[list[list[int]], Tensor]]:
+        """The documents of each micro-batch and its scores [4, B, S], where the model ends; runs it everywhere."""
+        size = self.micro_batch_size
+        parts = [members[first : first + size] for first in range(0, len(members), size)]
+        parts += [[] for _ in range(-len(parts) % self.multiple)]
+        step = max(1, _AT_A_TIME // self.multiple) * self.multiple
+        for first in range(0, len(parts), step):
+            some = parts[first : first + step]
+            batches = [self._batch(documents, part) for part in some]
+            outputs = self.forward(batches)
+            if is_last_pipeline_rank(self.groups):
+                yield from zip(some, outputs, strict=True)
+
+    def _batch(self, documents: Sequence[Document], part: list[list[int]]) -> dict[str, Tensor]:
+        rows: list[Row | None] = [row_of([documents[at] for at in row]) for row in part]
+        rows += [None] * (self.micro_batch_size - len(rows))
+        batch = build_rows(rows, seq_length=self.seq_length, eod_id=self.eod_id)
+        return {name: field if name == ON_HOST else field.to(self.device) for name, field in batch.items()}
+
+
+def places(documents: Sequence[Document], rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Row and slot of every label that counts, document after document."""
+    numbers, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, row in enumerate(rows):
+        start = 0
+        for at in row:
+            own = np.flatnonzero(documents[at].weights[1:])
+            slots.append(start + own)
+            numbers.append(np.full(len(own), number))
+            start += documents[at].num_slots
+    return torch.from_numpy(np.concatenate(numbers)), torch.from_numpy(np.concatenate(slots))
