@@ -32,7 +32,7 @@ SPIKE_TAIL = 3.0
 """Times the 95th percentile of how far any step is above those before it. Normal noise has it at 1.6 deviations, so
 this changes nothing; losses whose noise has a long tail have many such steps, and none of them is an event."""
 SPIKE_WINDOW, SPIKE_MEMORY = 16, 32
-"""Steps before that a spike is judged by, at least and at most: enough for a deviation, few enough for a small trend."""
+"""Steps before that a spike is judged by, at least and at most: enough for a deviation, and little trend in them."""
 VOLATILE = 4.0
 """Times the noise in the second quarter of the run. The ratio of two such estimates from 25 steps each is within 2.5
 in all but 1 of 1,000 runs."""
@@ -55,6 +55,14 @@ def enough_for_quarters(records: Records) -> str:
     """What is told by comparing parts of a run."""
     found = len(records.objective().values)
     return "" if found >= FEWEST_STEPS else f"needs {FEWEST_STEPS} steps with {records.objective_name}, has {found}"
+
+
+def enough_for_halves(records: Records) -> str:
+    """What is told by a turn: steps before it and after it."""
+    found = len(records.objective().values)
+    if found >= 2 * FEWEST_STEPS:
+        return ""
+    return f"needs {2 * FEWEST_STEPS} steps with {records.objective_name}, has {found}"
 
 
 def spikes_visible(records: Records) -> str:
@@ -241,7 +249,8 @@ def late_instability(records: Records) -> Finding | None:
     second, last = series.quarter(1), series.quarter(3)
     calm = max(deviation(second), 1e-3 * abs(median(second)))
     # Rewards and preference losses begin without noise, because all answers do: there it has to grow.
-    restless = records.stage in ("pretrain", "sft", "distill") and deviation(last) > VOLATILE * calm
+    measurable = records.stage in ("pretrain", "sft", "distill") and len(last) >= FEWEST_STEPS
+    restless = measurable and deviation(last) > VOLATILE * calm
     if restless and not still_falling:
         step = series.steps[3 * len(series.steps) // 4] if not evidence else step
         evidence.append(

@@ -123,7 +123,7 @@ def entropy_collapse(records: Records) -> Finding | None:
         summary="the policy gives one answer, and not a better one",
         step=step,
         evidence=(
-            f"entropy of a token: {early:.3g} nats at step {entropy.steps[0]}, a median of {late:.3g} in the last quarter",
+            f"entropy of a token: {early:.3g} nats at step {entropy.steps[0]}, {late:.3g} in the last quarter",
             f"reward: {began:.3f} at step {reward.steps[0]}, {median(reward.quarter(3)):.3f} in the last quarter",
         ),
         causes=(

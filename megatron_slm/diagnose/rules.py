@@ -11,7 +11,7 @@ from megatron_slm.diagnose.records import POLICY_STAGES, Records
 RULES: tuple[Rule, ...] = (
     Rule("divergence", loss_rules.divergence, loss_rules.enough_steps),
     Rule("spike", loss_rules.spike, loss_rules.spikes_visible, ("pretrain", "sft", "reward", "dpo", "distill")),
-    Rule("late-instability", loss_rules.late_instability, loss_rules.enough_for_quarters),
+    Rule("late-instability", loss_rules.late_instability, loss_rules.enough_for_halves),
     Rule("plateau", loss_rules.plateau, loss_rules.enough_for_quarters),
     Rule("dead-gradients", layer_rules.dead_gradients, layer_rules.measured),
     Rule(

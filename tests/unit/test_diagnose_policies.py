@@ -116,7 +116,7 @@ def with_format(credit: float) -> Table:
 def test_a_rate_too_high_takes_the_format_credit_and_collapses(seed: int) -> None:
     unlikely = np.random.default_rng(seed).normal(scale=0.3, size=(PROMPTS, ANSWERS))
     unlikely[right_answers() > 0.0] -= 6.0
-    steps = learned(seed, with_format(0.2), rate=60.0, start=unlikely)
+    steps = learned(seed, with_format(0.15), rate=10.0, start=unlikely)
     names = found(steps)
     assert {"entropy-collapse", "zero-variance-groups"} <= set(names)
     assert names["zero-variance-groups"].step < 20 and "collapsed" in names["zero-variance-groups"].causes[0]
@@ -207,7 +207,9 @@ def preferred(features: Sequence[float], *, sft_weight: float, seed: int = 0) ->
 def test_likelihood_displacement_is_named_and_mended_by_the_sft_term() -> None:
     features = [1.0, 0.5, 3.0, 3.0, 2.5, 0.0]
     names = found(preferred(features, sft_weight=0.0), "dpo")
-    assert set(names) == {"likelihood-displacement"} and "dpo_sft_weight 0" in names["likelihood-displacement"].causes[1]
+    assert (
+        set(names) == {"likelihood-displacement"} and "dpo_sft_weight 0" in names["likelihood-displacement"].causes[1]
+    )
     assert "likelihood-displacement" not in found(preferred(features, sft_weight=0.5), "dpo")
 
 

@@ -143,9 +143,7 @@ def test_two_runs_of_one_identity_must_read_the_same(tmp_path: Path) -> None:
 def test_every_rule_has_its_page_and_every_page_its_rule() -> None:
     pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert set(pages) == {rule.name for rule in RULES}
-    missing = [
-        f"{name}: {part}" for name, text in pages.items() for part in PARTS if f"## {part}" not in text.lower()
-    ]
+    missing = [f"{name}: {part}" for name, text in pages.items() for part in PARTS if f"## {part}" not in text.lower()]
     assert not missing
     table = (ROOT / "docs" / "diagnose.md").read_text(encoding="utf-8")
     assert not [rule.name for rule in RULES if f"[{rule.name}](runbooks/{rule.name}.md)" not in table]
