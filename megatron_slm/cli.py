@@ -18,6 +18,7 @@ from megatron_slm.commands import (
     data,
     diagnose,
     doctor,
+    eval as evaluation,
     examples,
     generate,
     memory,
@@ -42,6 +43,7 @@ VERBS: Mapping[str, Verb] = {
     **replay.VERBS,
     **doctor.VERBS,
     **diagnose.VERBS,
+    **evaluation.VERBS,
 }
 
 

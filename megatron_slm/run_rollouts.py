@@ -155,7 +155,7 @@ def sampling_of(config: RunConfig, tokenizer: Tokenizer) -> Sampling:
             f"{', '.join(sorted(special)) or 'none'}."
         )
     stops = (tokenizer.eod_id, *(special[name] for name in own.stop_tokens))
-    return Sampling(own.max_new_tokens, own.temperature, own.top_k, own.top_p, own.seed, stops)
+    return Sampling(own.max_new_tokens, own.sampling_temperature, own.top_k, own.top_p, own.sampling_seed, stops)
 
 
 def greedy(sampling: Sampling) -> Sampling:

@@ -41,7 +41,7 @@ def ending_of(config: RunConfig, vocab_size: int) -> Ending | Scalar:
 
 def scored_vocabulary(config: RunConfig, vocab_size: int) -> Vocabulary:
     """Labels are scored at the temperature they were drawn at."""
-    return Vocabulary(vocab_size, config.rollout.temperature if config.stage in ("ppo", "grpo") else 1.0)
+    return Vocabulary(vocab_size, config.rollout.sampling_temperature if config.stage in ("ppo", "grpo") else 1.0)
 
 
 def loss_of(config: RunConfig, groups: Any) -> StageLoss:

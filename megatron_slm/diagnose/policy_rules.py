@@ -169,7 +169,7 @@ def zero_variance(records: Records) -> Finding | None:
             f"reward, median of the last {len(reward.values)} steps: {median(reward.values or [0.0]):.3f}",
         ),
         causes=tuple(causes),
-        intervention="Look at some answers (mslm generate RUN). Equal and wrong: go back before that step with a third "
+        intervention="Look at some answers (mslm generate RUN --prompt TEXT). Equal and wrong: go back before that step with a third "
         "of the learning rate. All right: the prompts are done, take harder ones.",
     )
 

@@ -119,7 +119,7 @@ def table(rows: Sequence[Row]) -> str:
                 f"{one.second:.4f}",
                 f"{one.difference:+.4f}",
                 f"[{one.low:+.4f}, {one.high:+.4f}]",
-                f"{one.detectable:.4f}",
+                f"{one.detectable:.4f}" if np.isfinite(one.detectable) else "-",
                 f"{one.items}" + (f" ({row.left_out} left out)" if row.left_out else ""),
                 row.verdict,
             )

@@ -83,7 +83,8 @@ class Difference(NamedTuple):
     Attributes:
         first, second: their values.
         low, high: of the interval around ``second - first``.
-        detectable: the smallest difference that these items would most often (80 %) have shown.
+        detectable: the smallest difference that these items would most often (80 %) have shown; NaN where the two do
+            not differ on any, which says nothing of how they differ.
         items: N.
     """
 
@@ -132,12 +133,12 @@ def paired_bootstrap(
         drawn = random.integers(0, size, (min(step, resamples - start), size))
         found[start : start + step] = change[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = np.quantile(found, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    total = weights.sum()
+    total, deviation = weights.sum(), float(found.std(ddof=1))
     return Difference(
         float(first.sum() / total),
         float(second.sum() / total),
         float(low),
         float(high),
-        float(POWER_95_80 * found.std(ddof=1)) if resamples > 1 else math.nan,
+        POWER_95_80 * deviation if deviation > 0.0 else math.nan,
         size,
     )

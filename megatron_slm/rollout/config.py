@@ -27,7 +27,7 @@ class RolloutConfig:
         minimum=1,
         flag="rollout-max-new-tokens",
     )
-    temperature: float = option(1.0, "the logits are divided by it", above=0.0, flag="rollout-temperature")
+    sampling_temperature: float = option(1.0, "the logits are divided by it", above=0.0)
     top_k: int = option(
         0,
         "draw among so many likeliest tokens, which are recorded with every token; 0 is all",
@@ -41,11 +41,10 @@ class RolloutConfig:
         maximum=1.0,
         flag="rollout-top-p",
     )
-    seed: int = option(
+    sampling_seed: int = option(
         1234,
         "of the draws, which depend on it, the step, the sample and the position alone",
         minimum=0,
-        flag="rollout-seed",
     )
     stop_tokens: tuple[str, ...] = option(
         (),

@@ -28,6 +28,12 @@ SMALL = (
     "log.tensorboard=false",
     "optimizer.lr=1e-2",
 )
+WIDER = (
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+)
 RESUMED_AT, SPIKED_AT = 30, 45
 
 
@@ -89,8 +95,8 @@ def test_sound_runs_have_nothing(tmp_path: Path, data: Path, kind: str) -> None:
 
 
 def test_a_rate_that_is_too_high_diverges(tmp_path: Path, data: Path) -> None:
-    hot = ("optimizer.lr=30.0", "schedule.lr_decay_style=constant", "optimizer.clip_grad=0")
-    assert runs.train(tmp_path / "run", data, 1, *SMALL, *hot) == 0
+    hot = ("optimizer.lr=5.0", "schedule.lr_decay_style=constant", "optimizer.clip_grad=0")
+    assert runs.train(tmp_path / "run", data, 1, *SMALL, *WIDER, *hot) == 0
     found = findings(tmp_path / "run")
     assert found["divergence"].step < 10 and "gradients are not clipped" in found["divergence"].causes[:2]
     assert not {"spike", "late-instability", "plateau"} & set(found)

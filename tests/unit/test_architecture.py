@@ -43,7 +43,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("run_validation",),
     ("run_hooks",),
     ("run", "run_generate"),
-    ("run_lr_range", "run_dry", "convert"),
+    ("run_lr_range", "run_dry", "run_eval", "convert"),
     ("verify",),
     ("commands",),
     ("cli",),
