@@ -27,7 +27,9 @@ def main() -> None:
 
 
 def write_task(output: Path, seed: int) -> None:
-    """``text.txt`` for a tokenizer, and JSONL for `mslm data examples`: chat, preference, prompt, test."""
+    """``text.txt`` for a tokenizer, and JSONL for `mslm data examples` (chat, preference, prompt) and `mslm eval`
+    (test).
+    """
     random = np.random.default_rng(seed)
     numbers = random.permutation(10**DIGITS)[:QUESTIONS]
     questions = [[int(digit) for digit in f"{number:0{DIGITS}d}"] for number in numbers]

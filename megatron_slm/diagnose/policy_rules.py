@@ -42,7 +42,7 @@ POLICY_ENTROPY = {"grpo": "entropy", "ppo": "policy/entropy"}
 
 def truths(records: Records) -> list[tuple[str, Series]]:
     """What is measured beside the reward and not learned from: ``rollout.watched``, or held-out answers."""
-    names = [str(name).partition("=")[0] for name in records.setting("rollout.watched", ())]
+    names = [str(name).rpartition(":")[2] for name in records.setting("rollout.watched", ())]
     found = [(name, records.series(f"rewards/{name}/mean")) for name in names]
     found = [(name, series) for name, series in found if len(series.values) >= FEWEST_STEPS]
     if found:
@@ -169,8 +169,8 @@ def zero_variance(records: Records) -> Finding | None:
             f"reward, median of the last {len(reward.values)} steps: {median(reward.values or [0.0]):.3f}",
         ),
         causes=tuple(causes),
-        intervention="Look at some answers (mslm generate RUN --prompt TEXT). Equal and wrong: go back before that step with a third "
-        "of the learning rate. All right: the prompts are done, take harder ones.",
+        intervention="Look at some answers (mslm generate RUN --prompt TEXT). Equal and wrong: go back before that "
+        "step with a third of the learning rate. All right: the prompts are done, take harder ones.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_slm.diagnose.finding import Finding
@@ -18,8 +19,9 @@ PREFERENCE_GAIN = 0.02
 FORGOTTEN = 0.02
 """Of a held-out loss. The samples are the same each time, so that it moves by training alone; 2 % of 3 nats is what a
 tenth of the tokens of a pretraining run bring."""
-ACCURACY_LOST = 0.02
-"""Of the accuracy on held-out tokens of chosen answers: one token of fifty."""
+ACCURACY_LOST, ACCURACY_ERRORS = 0.02, 2.0
+"""Of the accuracy on held-out tokens of chosen answers: one token of fifty, and two standard errors of a share over as
+many tokens as there are pairs, for a slice may be so small that one token is more."""
 
 
 def displacement(records: Records) -> Finding | None:
@@ -134,11 +136,14 @@ def _of_tokens(records: Records) -> Iterator[tuple[int, str]]:
     tokens, pairs = records.held_out("mean_token_accuracy"), records.held_out("rewards/accuracies")
     if records.stage != "dpo" or len(tokens.values) < 2 or len(pairs.values) < 2:
         return
-    if tokens.values[-1] < max(tokens.values) - ACCURACY_LOST and pairs.values[-1] > pairs.values[0]:
-        best = tokens.steps[tokens.values.index(max(tokens.values))]
+    highest, number = max(tokens.values), max(1, records.validations[-1].get("loss_tokens") or 1)
+    error = math.sqrt(highest * (1.0 - highest) / number)
+    limit = highest - max(ACCURACY_LOST, ACCURACY_ERRORS * error)
+    if tokens.values[-1] < limit and pairs.values[-1] > pairs.values[0]:
+        best = tokens.steps[tokens.values.index(highest)]
         yield (
             best,
-            f"held-out tokens of chosen answers: accuracy {max(tokens.values):.3f} at step {best}, "
+            f"held-out tokens of chosen answers: accuracy {highest:.3f} at step {best}, "
             f"{tokens.values[-1]:.3f} at step {tokens.steps[-1]}; of pairs {pairs.values[0]:.3f} to "
             f"{pairs.values[-1]:.3f}",
         )

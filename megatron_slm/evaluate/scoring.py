@@ -43,7 +43,7 @@ class Reader(NamedTuple):
     Attributes:
         forward: micro-batches -> the output of each, [4, B, S] of ``ConfidentScores``, on the ranks that end the model;
             empty elsewhere. Collective.
-        multiple: takes so many micro-batches at a time, or twice as many ...
+        multiple: a forward pass takes a multiple of so many micro-batches (the pipeline size, when interleaved).
         groups: of one model copy.
         seq_length: slots of a row; of a document too, at most.
         micro_batch_size: rows of a forward pass.
@@ -60,17 +60,19 @@ class Reader(NamedTuple):
 
     def read(self, documents: Sequence[Document]) -> list[Scored]:
         """The scores of each document, on all ranks of the model. Collective."""
-        packing = best_fit_decreasing(np.array([one.num_slots for one in documents], np.int64), self.seq_length)
-        members = [packing.row(number).tolist() for number in range(packing.num_rows)]
         counts = [int(np.count_nonzero(one.weights[1:])) for one in documents]
+        # What has nothing that counts is not read: a text of one token has no label at all.
+        asked = [at for at, count in enumerate(counts) if count]
+        packing = best_fit_decreasing(np.array([documents[at].num_slots for at in asked], np.int64), self.seq_length)
+        members = [[asked[at] for at in packing.row(number)] for number in range(packing.num_rows)]
         ends = np.cumsum([0, *counts])
         found = torch.zeros(3, int(ends[-1]), dtype=torch.float64, device=self.device)
         for rows, output in self._forward(documents, members):
-            counted = [at for row in rows for at in row if counts[at]]
+            order = [at for row in rows for at in row]
             number, slot = places(documents, rows)
             values = output[:, number.to(self.device), slot.to(self.device)].double()
-            parts = values[[LOGPROB, CORRECT, CONFIDENCE]].split([counts[at] for at in counted], dim=1)
-            for at, part in zip(counted, parts, strict=True):
+            parts = values[[LOGPROB, CORRECT, CONFIDENCE]].split([counts[at] for at in order], dim=1)
+            for at, part in zip(order, parts, strict=True):
                 found[:, ends[at] : ends[at + 1]] = part
         if self.groups.mp.size() > 1 and found.numel():
             speaker = (self.groups.pp.size() - 1) * self.groups.tp.size()

@@ -17,7 +17,7 @@ from megatron_slm.diagnose.rules import RULES, diagnose
 from megatron_slm.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("symptom", "first checks", "knobs", "roll back")
+PARTS = ("symptom", "first checks", "knobs", "when to roll back")
 
 
 def rows(count: int) -> list[dict[str, Any]]:
