@@ -49,6 +49,8 @@ setup(
         # What tools/make_oracle_fixtures.py computes the losses' fixtures with, in an environment of its own; no test
         # needs it. One exact release, as its losses change between releases.
         "oracle-trl": ["trl==1.16.0"],
+        # EleutherAI's harness asks a run of ours: tools/lm_harness.py.
+        "lm-eval": ["lm-eval>=0.4.9"],
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil", "types-tqdm"],
     },
     entry_points={"console_scripts": ["mslm = megatron_slm.cli:main"]},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_slm.run_generate import Manner, Speaker
 if TYPE_CHECKING:
     from megatron_slm.data.examples.encoding import ExampleEncoder
     from megatron_slm.evaluate.items import Item, Task
+    from megatron_slm.evaluate.lm_eval import Opened
     from megatron_slm.evaluate.scoring import Reader, Scored
     from megatron_slm.launch.environment import RankEnvironment
 
@@ -95,6 +97,22 @@ def evaluate(run: Path, wanted: Wanted, *, environment: RankEnvironment | None =
     }
 
 
+@contextmanager
+def opened_alone(run: Path) -> Iterator[Opened]:
+    """A checkpoint on one rank for the evaluation harness, as long as this block lasts."""
+    with run_generate.speaker(run) as speaker:
+        from megatron_slm.evaluate.lm_eval import Opened
+        from megatron_slm.train import recovery
+
+        config = load(recovery.find(run, hashes=False).path / "config.yaml").config
+
+        def answer(prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> list[str]:
+            wanted = Wanted((), manner=Manner(max_new_tokens, temperature, top_k=0))
+            return [texts[0] for texts in _texts(speaker, prompts, wanted, [])]
+
+        yield Opened(speaker.tokenizer, _reader(speaker, config, Wanted(())).read, answer, speaker.position_limit)
+
+
 def _encoder(speaker: Speaker, template: str | None) -> ExampleEncoder | None:
     if template is None:
         return None
@@ -149,7 +167,8 @@ def _reader(speaker: Speaker, config: RunConfig, wanted: Wanted) -> Reader:
 
 def _answered(speaker: Speaker, reader: Reader, task: Task, wanted: Wanted, encoder: ExampleEncoder | None) -> Answered:
     if task.kind == "generation":
-        return Answered(task, [], _texts(speaker, task.items, wanted, encoder.end_ids if encoder else []))
+        prompts = [item.prompt for item in task.items]
+        return Answered(task, [], _texts(speaker, prompts, wanted, encoder.end_ids if encoder else []))
     found = iter(reader.read([document for item in task.items for document in item.documents]))
     scored = [[next(found) for _ in item.documents] for item in task.items]
     if not all(math.isfinite(one.logprobs.sum()) for each in scored for one in each):
@@ -159,13 +178,13 @@ def _answered(speaker: Speaker, reader: Reader, task: Task, wanted: Wanted, enco
     return Answered(task, scored, [])
 
 
-def _texts(speaker: Speaker, items: Sequence[Item], wanted: Wanted, end_ids: Sequence[int]) -> list[list[str]]:
+def _texts(speaker: Speaker, asked: Sequence[Sequence[int]], wanted: Wanted, end_ids: Sequence[int]) -> list[list[str]]:
     """``wanted.samples`` answers to each prompt. Collective."""
     from megatron_slm.rollout.generate import complete
 
     chunks, groups, device = speaker.built
     sampling = wanted.manner.sampling([speaker.tokenizer.eod_id, *end_ids])
-    prompts = [item.prompt for item in items for _ in range(wanted.samples)]
+    prompts = [prompt for prompt in asked for _ in range(wanted.samples)]
     found = complete(
         chunks,
         prompts,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from megatron_slm.parallel.layout import Coordinates, Layout, chunk_layers
 
-ROOTS = ("embedding", "decoder", "output_layer", "mtp")
-"""How the names of the model's own tensors begin, in core's GPTModel."""
+ROOTS = ("embedding", "decoder", "output_layer", "value_head", "mtp")
+"""How the names of the model's own tensors begin, in core's GPTModel and in a model that ends with a number."""
 
 COLUMN = frozenset(
     ("word_embeddings", "output_layer", "linear_qkv", "linear_fc1", "eh_proj", "linear_q_proj", "linear_q_up_proj",

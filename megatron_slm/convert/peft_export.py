@@ -23,6 +23,7 @@ from megatron_slm.model.hf import Block, blocks
 from megatron_slm.model.hf_config_out import choose_model_type
 from megatron_slm.train import recovery
 from megatron_slm.train.checkpoint import HEAD
+from megatron_slm.train.payload_index import is_weight
 
 CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -53,7 +54,7 @@ def export_adapters(checkpoint: Path, output: Path, *, base: str | None = None) 
     found = recovery.find(checkpoint)
     config = load(found.path / "config.yaml").config
     adapters = StoredAdapters(found.path)
-    if any(name.endswith(HEAD) for name in adapters.index.tensors):
+    if any(is_weight(name) and name.endswith(HEAD) for name in adapters.index.tensors):
         raise CheckpointError(
             f"{found.path} ends with a number and not with words; PEFT's files would lose its head. Keep the "
             "checkpoint as it is, or put the adapters into its weights with mslm checkpoint merge-lora"

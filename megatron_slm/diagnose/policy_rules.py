@@ -13,6 +13,10 @@ from megatron_slm.rollout.config import GAP_BF16, GAP_EXACT
 PROXY_GAIN, TRUTH_GAIN = 0.1, 0.02
 """Of rewards between 0 and 1, by quarters of a run: a reward model that was exploited rose by 0.31 while the truth
 moved by 0.001; sound runs raised both by 0.3 and more."""
+PROXY_ERRORS, CEILING = 3.0, 0.95
+"""Standard errors of that gain: five rollouts of few groups tell little. A truth at 0.95, or held-out answers that are
+better than those learned from (they are greedy), could not have risen with it."""
+HELD_OUT = "held-out prompts"
 COLLAPSED_ENTROPY, ZERO_ENTROPY = 0.1, 0.01
 """Of the beginning's, and in nats a token: at 0.01 a hundred tokens leave one choice open."""
 ZERO_SHARE, ZERO_STEPS = 0.8, 10
@@ -24,7 +28,7 @@ Longer answers may go as far a token as 60 of them that reach 3."""
 RISING_ERRORS, RISING = 2.0, 0.05
 """Standard errors of the difference of the last two quarters, and of the distance: one that has settled moves less."""
 LONGER, CUT_OFF = 1.5, 0.1
-"""Times the length of the first quarter, and more of the answers cut off: beyond what a changed style explains."""
+"""Times the length of the beginning, and more of the answers cut off: beyond what a changed style explains."""
 PAID_BY_LENGTH = 0.5
 """Rank correlation of the changes of length and reward from step to step; of 30 steps without a connection it is
 beyond 0.46 in one of 200 runs."""
@@ -48,7 +52,7 @@ def truths(records: Records) -> list[tuple[str, Series]]:
     if found:
         return found
     held = records.held_out("reward")
-    return [("held-out prompts", held)] if len(held.values) >= 4 else []
+    return [(HELD_OUT, held)] if len(held.values) >= 4 else []
 
 
 def truth_known(records: Records) -> str:
@@ -61,11 +65,15 @@ def truth_known(records: Records) -> str:
 def reward_hacking(records: Records) -> Finding | None:
     """The reward rises and what it stands for does not."""
     reward = records.series("reward")
+    late = reward.quarter(3)
     for name, truth in truths(records):
+        ceiling = median(late) if name == HELD_OUT else CEILING
+        if median(truth.quarter(3)) >= ceiling:
+            continue
         for first, second in zip(_starts(reward), _starts(truth), strict=True):
-            proxy_gain = median(reward.quarter(3)) - median(first.values)
-            truth_gain = median(truth.quarter(3)) - median(second.values)
-            if proxy_gain > PROXY_GAIN and truth_gain < TRUTH_GAIN:
+            gain = change(first.values, late)
+            real = gain.gain > PROXY_GAIN and gain.errors > PROXY_ERRORS
+            if real and median(truth.quarter(3)) - median(second.values) < TRUTH_GAIN:
                 return _hacked(records, name, truth, first.steps[0])
     return None
 
@@ -224,7 +232,7 @@ def _both(record: Mapping[str, Any]) -> bool:
 def length_bias(records: Records) -> Finding | None:
     """Answers become longer because length pays."""
     length, reward = records.series("completions/mean_length"), records.series("reward")
-    grown = change(length.quarter(0), length.quarter(3))
+    grown = change(length.values[:BEGINNING], length.quarter(3))
     if grown.late < LONGER * grown.early or grown.errors < 3.0:
         return None
     evidence = []
@@ -248,7 +256,7 @@ def length_bias(records: Records) -> Finding | None:
         summary="answers grow longer and not better",
         step=next(step for step, v in zip(length.steps, length.values, strict=True) if v >= LONGER * grown.early),
         evidence=(
-            f"tokens of an answer, median by quarter: {grown.early:.1f} to {grown.late:.1f}; reward "
+            f"tokens of an answer, median: {grown.early:.1f} at first, {grown.late:.1f} in the last quarter; reward "
             f"{rewards.early:.3f} to {rewards.late:.3f}",
             *evidence,
         ),

@@ -65,10 +65,9 @@ def _of_text(corpus: Corpus, window: int, limit: int) -> list[Item]:
 
 
 def _cut(document: Document, window: int) -> list[Document]:
-    """Windows of a document; the weights stay."""
-    steps = range(0, max(1, len(document.tokens) - 1), window)
-    parts = [slice(start, start + window + 1) for start in steps]
-    return [Document(document.tokens[part], document.weights[part]) for part in parts]
+    """Windows of a document, in which what counts is what counted."""
+    places = windows(np.arange(len(document.tokens)), window)
+    return [Document(document.tokens[one.tokens], document.weights[one.tokens] * one.weights) for one in places]
 
 
 def _num_bytes(tokenizer: Tokenizer, document: Document) -> int:

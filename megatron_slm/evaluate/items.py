@@ -169,23 +169,13 @@ class Asker:
         return self._tokenizer.encode(_text(fields, "prompt", empty=True)) or [self._tokenizer.eod_id]
 
     def _answered(self, fields: dict[str, Any], text: str) -> Document:
-        """The prompt and an answer whose tokens count.
-
-        Without a template the two are encoded together, and what their first tokens have in common is the prompt: a
-        space before the answer is then in the answer's first token, as in any text.
-        """
+        """The prompt and an answer whose tokens count."""
         if self._encoder is not None:
             record = record_of(fields, "prompt")
             encoded = self._encoder.conversation(record, (Message("assistant", text),))
             tokens, first = encoded.tokens, encoded.first_trained
         else:
-            before = self._prompt(fields)
-            prompt = _text(fields, "prompt", empty=True)
-            ids = self._tokenizer.encode(prompt + text) if prompt else [*before, *self._tokenizer.encode(text)]
-            same = (one == other for one, other in zip(before, ids, strict=False))
-            first = next((at for at, equal in enumerate(same) if not equal), len(before))
-            # Something must come before the first token that counts.
-            tokens, first = np.array(ids, dtype=np.int64), max(1, min(first, len(ids) - 1))
+            tokens, first = continued(self._tokenizer, _text(fields, "prompt", empty=True), text)
         if len(tokens) > self._limit + 1:
             raise BadRow("long", f"has {len(tokens)} tokens with its answer; the model reads {self._limit}")
         weights = np.zeros(len(tokens), dtype=np.float32)
@@ -229,12 +219,34 @@ def right_choice(fields: dict[str, Any]) -> int:
     raise BadRow("answer", f'has "answer" {answer!r:.60}; give a place from 0 to {len(choices) - 1}, or a choice')
 
 
+def continued(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[np.ndarray, int]:
+    """Tokens of a prompt and what follows it, and the first of them that counts.
+
+    The two are encoded together, and the prompt is what their tokens have in common with the prompt's own: a space
+    before the text is then in the text's first token, as in any text.
+    """
+    before = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    ids = tokenizer.encode(prompt + text) if prompt else [*before, *tokenizer.encode(text)]
+    same = (one == other for one, other in zip(before, ids, strict=False))
+    first = next((at for at, equal in enumerate(same) if not equal), len(before))
+    # Something must come before the first token that counts.
+    return np.array(ids, dtype=np.int64), max(1, min(first, len(ids) - 1))
+
+
 def windows(tokens: np.ndarray, limit: int) -> list[Document]:
-    """A text as documents of at most ``limit`` labels, every token but the first being a label once."""
-    found = []
-    for start in range(0, max(1, len(tokens) - 1), limit):
-        part = tokens[start : start + limit + 1]
-        found.append(Document(part, np.ones(len(part), dtype=np.float32)))
+    """A text as documents of at most ``limit`` labels; every token but the first counts once.
+
+    The last window reaches back, so that what is left at the end has as much before it as it can have.
+    """
+    found: list[Document] = []
+    done, last = 1, len(tokens)
+    while not found or done < last:
+        end = min(done + limit, last)
+        start = max(0, end - limit - 1)
+        weights = np.ones(end - start, dtype=np.float32)
+        weights[: done - start] = 0.0
+        found.append(Document(tokens[start:end], weights))
+        done = end
     return found
 
 

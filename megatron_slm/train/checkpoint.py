@@ -205,7 +205,7 @@ def has_adapters(names: Iterable[str]) -> bool:
 def _is_new(key: str, stored: Collection[str]) -> bool:
     """Whether an entry of the model is of a kind of which the checkpoint has nothing."""
     if key.endswith(HEAD):
-        return not any(name.endswith(HEAD) for name in stored)
+        return not any(is_weight(name) and name.endswith(HEAD) for name in stored)
     return ADAPTER_SUFFIX in key and not has_adapters(stored)
 
 

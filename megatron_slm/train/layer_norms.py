@@ -130,13 +130,14 @@ class Activations:
 
 
 def model_parts(num_layers: int, predictions: int = 0) -> list[str]:
-    """What is measured as one: embedding, each layer counted from 0 over the whole model, final norm, output layer.
+    """What is measured as one: embedding, each layer counted from 0 over the whole model, final norm, output layer or
+    scalar head.
 
     A layer of multi-token prediction, with what surrounds it, is one too: ``mtp_1`` and so on.
     """
     layers = [f"layer_{number}" for number in range(num_layers)]
     deeper = [f"mtp_{depth}" for depth in range(1, predictions + 1)]
-    return ["embedding", *layers, "final_norm", *deeper, "output_layer"]
+    return ["embedding", *layers, "final_norm", *deeper, "output_layer", "value_head"]
 
 
 def part_of(name: str) -> str:

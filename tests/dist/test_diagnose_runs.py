@@ -14,7 +14,7 @@ import pytest
 from megatron_slm.diagnose import records
 from megatron_slm.diagnose.finding import Finding
 from megatron_slm.diagnose.rules import diagnose
-from tests import runs
+from tests import alignment, runs
 
 STEPS, BATCH = 60, 8
 SMALL = (
@@ -181,3 +181,77 @@ def lose_place() -> None:
     Cursor.from_dict = staticmethod(  # type: ignore[method-assign]
         lambda stored: Cursor.start(read(stored).order, stored["tokenizer_hash"])
     )
+
+
+STAGE = (
+    "model.num_layers=2",
+    f"model.seq_length={alignment.SEQ_LENGTH}",
+    "train.micro_batch_size=8",
+    "train.global_batch_size=8",
+    "train.eval_interval=20",
+    "log.tensorboard=false",
+    "optimizer.lr=1e-3",
+)
+WORDY = """def wordy(answer, fields):
+    return min(1.0, len(answer.split()) / 10.0)
+"""
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return alignment.compiled(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, examples: dict[str, Path]) -> Path:
+    """A model that sorts most digits."""
+    run = tmp_path_factory.mktemp("tuned") / "sft"
+    more = ("train.train_iters=150", "train.global_batch_size=16", "train.micro_batch_size=16", "optimizer.lr=5e-3")
+    assert runs.train(run, examples["chat"], 1, *STAGE, "stage=sft", *more) == 0
+    return run
+
+
+def stage(run: Path, examples: Path, parent: Path, *overrides: str) -> dict[str, Finding]:
+    """What a run of a later stage has."""
+    assert runs.train(run, examples, 1, *STAGE, f"checkpoint.pretrained_checkpoint={parent}", *overrides) == 0
+    return findings(run)
+
+
+def test_a_sound_fine_tuning_has_nothing(tuned: Path) -> None:
+    assert not findings(tuned)
+
+
+def test_dpo_alone_displaces_and_forgets(tmp_path: Path, examples: dict[str, Path], tuned: Path) -> None:
+    options = ("stage=dpo", "train.train_iters=60")
+    alone = stage(tmp_path / "alone", examples["preference"], tuned, *options)
+    assert set(alone) == {"likelihood-displacement", "forgetting"}
+    mended = stage(tmp_path / "mended", examples["preference"], tuned, *options, "dpo.dpo_sft_weight=0.2")
+    assert not mended
+
+
+def grpo(rewards: str, *overrides: str) -> tuple[str, ...]:
+    """Options of GRPO from ``rewards``."""
+    own = ("stage=grpo", "train.train_iters=40", "grpo.grpo_group_size=4", "grpo.grpo_kl_beta=0.01")
+    return (*own, "rollout.max_new_tokens=12", "rollout.batch_size=32", f"rollout.rewards={rewards}=1", *overrides)
+
+
+def test_a_sound_policy_has_nothing(tmp_path: Path, examples: dict[str, Path], tuned: Path) -> None:
+    larger = ("grpo.grpo_group_size=8", "train.train_iters=50", "rollout.max_new_tokens=14", "rollout.batch_size=64")
+    options = grpo(f"{alignment.__file__}:digits_right", *larger)
+    assert not stage(tmp_path / "run", examples["prompt"], tuned, *options)
+
+
+def test_a_reward_for_words_is_hacked(tmp_path: Path, examples: dict[str, Path], tuned: Path) -> None:
+    """It pays for length, and the digits that were right before are lost."""
+    (tmp_path / "reward.py").write_text(WORDY)
+    watched = (f"rollout.watched={alignment.__file__}:digits_right", "optimizer.lr=2e-3")
+    options = grpo(f"{tmp_path / 'reward.py'}:wordy", *watched)
+    found = stage(tmp_path / "run", examples["prompt"], tuned, *options)
+    assert {"reward-hacking", "length-bias", "zero-variance-groups"} <= set(found)
+    assert "digits_right" in found["reward-hacking"].summary
+
+
+def test_a_rate_too_high_loses_the_reward(tmp_path: Path, examples: dict[str, Path], tuned: Path) -> None:
+    options = grpo(f"{alignment.__file__}:digits_right", "optimizer.lr=3e-2")
+    found = stage(tmp_path / "run", examples["prompt"], tuned, *options)
+    assert "divergence" in found and "minus the reward" in found["divergence"].summary

@@ -140,19 +140,27 @@ def test_adapters_beside_other_layers(pool: RankPool, kind: str) -> None:
     assert all(two.weights[key].equal(value) for key, value in two.initial.items() if not is_trained(key))
 
 
-def test_adapters_are_trained_where_layers_are_recomputed_and_stages_have_none(pool: RankPool) -> None:
-    """The first stage holds the embedding alone, the last one the loss."""
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {**TP2, "sequence_parallel": True},
+        {
+            "pipeline_model_parallel_size": 4,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        },
+    ],
+    ids=["behind the embedding", "stages without layers"],
+)
+def test_adapters_are_trained_where_layers_are_recomputed(pool: RankPool, degrees: dict[str, Any]) -> None:
     whole = replace(TASK, model=replace(TASK.model, num_layers=2))
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    task = replace(whole, train=replace(whole.train, **recompute)).on(
-        pipeline_model_parallel_size=4,
-        account_for_embedding_in_pipeline_split=True,
-        account_for_loss_in_pipeline_split=True,
-    )
-    four, one = pool.call(train_stage, 4, task, "sft", True, 2)[0], pool.call(train_stage, 1, whole, "sft", True, 2)[0]
-    error, key = worst_difference(trained(four.weights), trained(one.weights))
+    task = replace(whole, train=replace(whole.train, **recompute)).on(**degrees)
+    ranks = 2 if "sequence_parallel" in degrees else 4
+    found, one = pool.call(train_stage, ranks, task, "sft", True, 2)[0], pool.call(train_stage, 1, whole, "sft")[0]
+    error, key = worst_difference(trained(found.weights), trained(one.weights))
     assert error <= TOLERANCE, f"{key}: {error}"
-    assert not any(value.equal(four.initial[key]) for key, value in trained(four.weights).items())
+    assert not any(value.equal(found.initial[key]) for key, value in trained(found.weights).items())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

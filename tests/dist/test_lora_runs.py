@@ -158,6 +158,22 @@ def test_peft_computes_the_trained_model(trained: Path, exported: Path) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_a_reward_model_keeps_its_head(tmp_path: Path, data: dict[str, Path], base: Path) -> None:
+    given = (*options(base)[:-1], "train.train_iters=1", "stage=reward")
+    run, merged = tmp_path / "reward", tmp_path / "merged"
+    assert runs.train(run, data["preference"], 1, *given) == 0
+    said = mslm(
+        [
+            ["checkpoint", "merge-lora", str(run), "--output", str(merged)],
+            ["convert", "peft-export", str(run), "--output", str(tmp_path / "peft")],
+        ]
+    )
+    assert [code for code, _ in said] == [0, 2] and "head" in said[1][1]
+    before, after = runs.contents(checkpoint(run, 1)), runs.contents(merged)
+    assert after["value_head.weight"].any() and after["value_head.weight"].equal(before["value_head.weight"])
+    assert not any("_adapter" in key or key.startswith(("optimizer.", "ema.")) for key in after)
+
+
 def test_what_cannot_be_is_refused(
     tmp_path: Path, data: dict[str, Path], trained: Path, exported: Path, base: Path
 ) -> None:

@@ -184,3 +184,13 @@ def test_a_run_behind_another_is_named_with_what_differs() -> None:
     names = found(slow, against=other)
     assert set(names) == {"behind"} and "optimizer.lr: None here, 0.05 there" in names["behind"].evidence
     assert not found(trained(1, constant(0.05), noise=1.0), against=other)
+
+
+@pytest.mark.parametrize(("end", "name"), [(3.0, "late-instability"), (4.5, "divergence")])
+def test_how_much_of_the_gain_is_lost_tells_an_instability_from_a_divergence(end: float, name: str) -> None:
+    """A curve made up: from 5 to 2, then up to ``end``."""
+    random = np.random.default_rng(0)
+    curve = np.concatenate([np.linspace(5.0, 2.0, 80), np.linspace(2.0, end, 80)]) + 0.05 * random.normal(size=160)
+    steps = [{"step": at, "lm_loss": float(loss)} for at, loss in enumerate(curve, start=1)]
+    assert set(found(steps)) == {name}
+    assert 70 <= found(steps)[name].step <= 100
