@@ -27,7 +27,7 @@ def run_local(
     entry: Entry,
     *,
     preload: Callable[[], None],
-    warm: bool,
+    warm: bool | Callable[[], bool],
     command: Sequence[str] | None = None,
 ) -> int:
     """Start ``world_size`` ranks on this machine and stay until all have ended. Main thread only.
@@ -41,7 +41,8 @@ def run_local(
         entry: a rank's whole work; returns its exit code. Runs in the forked ranks, so it may be any callable.
         preload: imports what every rank needs. Called once before the ranks are forked: must start no thread and run no
             tensor op. Not called where ``warm`` is false.
-        warm: fork the ranks from this process, for CPU ranks. False starts ``command`` once per rank, because a CUDA
+        warm: fork the ranks from this process, for CPU ranks, or a function that says so: it may import torch, which
+            reads the number of threads that is set before. False starts ``command`` once per rank, because a CUDA
             context does not survive a fork; that program finds its rank with ``from_environment`` and does its work
             through ``run_rank``.
         command: program and arguments of a fresh rank; default the same ``mslm`` command as this process.
@@ -58,16 +59,17 @@ def run_local(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(world_size)))
     # Ranks of one machine meet over loopback, whatever the host name resolves to (Wi-Fi, VPN, nothing).
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    forks = warm() if callable(warm) else warm
     ranks: list[RankProcess] = []
     with StopSignals() as stop, reserve_port(_ADDRESS) as reserved, adopt_and_end_orphans():
         try:
-            if warm:
+            if forks:
                 preload()
             if stop.received is not None:
                 return EXIT_STOPPED
             for slot in range(world_size):
                 environment = _environment(slot, world_size, reserved.getsockname()[1])
-                work = _forked(environment, entry) if warm else _fresh(environment, command or _same_command())
+                work = _forked(environment, entry) if forks else _fresh(environment, command or _same_command())
                 ranks.append(_start(environment.rank, world_size, work))
             return supervise(ranks, stop)
         except KeyboardInterrupt:

@@ -132,13 +132,13 @@ def cursor_one_further(samples: int) -> None:
     """Behind so many samples every rank reads on one sample too far, as after a resume with a wrong cursor."""
     from megatron_slm.data.loader import TrainLoader
 
-    positions = TrainLoader._positions
+    positions = TrainLoader.positions
 
     def further(self: Any, micro_batch: int, consumed_samples: int) -> range:
         found = positions(self, micro_batch, consumed_samples)
         return range(found.start + 1, found.stop + 1) if consumed_samples >= samples else found
 
-    TrainLoader._positions = further  # type: ignore[method-assign]
+    TrainLoader.positions = further  # type: ignore[method-assign]
 
 
 def _strike_gradient(rank: int, strike: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -61,7 +61,7 @@ def evaluate(name: str, tokens: Sequence[str]) -> int:
         ranks,
         entry,
         preload=preload_speaker,
-        warm=choose_device("auto") == "cpu",
+        warm=lambda: choose_device("auto") == "cpu",
         command=[sys.executable, "-m", "megatron_slm.cli", "eval", *tokens],
     )
 

@@ -165,7 +165,7 @@ def start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namesp
         world_size,
         entry,
         preload=preload_run,
-        warm=choose_device(parallel.device) == "cpu",
+        warm=lambda: choose_device(parallel.device) == "cpu",
         command=[sys.executable, "-m", "megatron_slm.cli", *command],
     )
 

@@ -33,9 +33,9 @@ def pass_at_k(samples: NDArray[np.int64], passed: NDArray[np.int64], k: int) -> 
     """
     samples, passed = np.asarray(samples, np.int64), np.asarray(passed, np.int64)
     assert k >= 1 and bool((samples >= k).all()), f"pass@{k} needs {k} samples of every item"
-    # C(n - c, k) / C(n, k) is the product over i < k of (n - c - i) / (n - i), 0 where there are fewer than k failures.
+    # C(n - c, k) / C(n, k) is the product over i < k of (n - c - i) / (n - i); one of them is 0 where n - c < k.
     steps = np.arange(k)[:, None]
-    factors = np.maximum(samples - passed - steps, 0) / (samples - steps)
+    factors = (samples - passed - steps) / (samples - steps)
     return np.asarray(1.0 - factors.prod(axis=0), np.float64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_slm.launch.local import threads_per_rank
 from tests import runs
 
 BIN = Path(sys.executable).parent
@@ -61,6 +63,16 @@ def test_every_launcher_trains_the_same_run(tmp_path: Path, data: Path) -> None:
         assert "iteration        3/       3" in out
         bits[name] = runs.losses(tmp_path / name)
     assert len(bits["local"]) == 3 and bits["local"] == bits["torchrun"] == bits["mpirun"]
+
+
+def test_ranks_share_the_cores_where_nobody_says_how_many_threads(tmp_path: Path, data: Path) -> None:
+    """torch reads the number when it is imported: the launcher has to set it before."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    own = arguments(tmp_path / "run", data, TP2, "train.train_iters=1")
+    command = [sys.executable, "-m", "megatron_slm.cli", "train", *own]
+    subprocess.run(command, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=120)
+    said = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert said["threads_per_rank"] == threads_per_rank(2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

@@ -93,6 +93,19 @@ def test_a_verifier_that_always_hangs_is_given_up(own: Path) -> None:
         assert f"{HOPELESS} times" in found[150].cause and found[-1].value == 1.0
 
 
+def test_a_sandbox_ends_with_the_process_that_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    tmp_path.chmod(0o755)
+    fields = {"tests": "pass", "time_limit_s": 60}
+    with VerifierPool(["unit_tests"], workers=1, timeout_s=1.0) as pool:
+        found = pool.scores([Asked("unit_tests", one, fields) for one in ("while True: pass", "x = 1")])
+    assert math.isnan(found[0].value) and found[1].value == 1.0
+    until = time.monotonic() + 10.0
+    while list(tmp_path.glob("sandbox-*")):
+        assert time.monotonic() < until, "the program runs on, or its directory stays"
+        time.sleep(0.02)
+
+
 def test_a_row_names_its_own_verifier_but_no_file(pool: VerifierPool, own: Path) -> None:
     rows = [
         {"verifier": "exact_match", "answer": "b"},
