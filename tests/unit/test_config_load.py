@@ -126,7 +126,7 @@ def test_accepted_spellings(write, text: str, key: str, value: object) -> None:
         ("precision: {bf16: 1}", ("precision.bf16 = 1", "true or false")),
         ("model: {normalization: rmsnorm}", ('"rmsnorm"', "one of RMSNorm, LayerNorm")),
         ("preset: llama4", ("preset = llama4", "run.yaml:1", "llama3-8b", "tiny")),
-        ("stage: sft", ('stage = "sft"', "one of pretrain")),
+        ("stage: sftt", ('stage = "sftt"', "one of pretrain")),
         ("model: {num_layer: 2}", ("model.num_layer (file", "did you mean model.num_layers?")),
         ("train: {num_layers: 2}", ("train.num_layers", "did you mean model.num_layers?")),
         ("modle: {num_layers: 2}", ("modle (file",)),
