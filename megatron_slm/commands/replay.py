@@ -27,6 +27,8 @@ from megatron_slm.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
+    from megatron_slm.replay.capsule import Capsule
+    from megatron_slm.replay.step import ReplayedStep
 
 EXIT_DIFFERENT = 1
 STDERR = 2
@@ -81,11 +83,13 @@ def replay_diff(name: str, tokens: Sequence[str]) -> int:
         count = write_differing(first, second, own.jsonl)
         print(f"{own.jsonl}: {count} differing record(s)", file=sys.stderr)
     if found is None:
+        if own.json and comparison.alone:
+            print("\n".join(comparison.alone), file=sys.stderr)
         if not own.json:
-            print(f"equal: every recorded step that both runs have, on every rank\n  compared  {comparison}")
+            print(f"equal: every recorded step that both runs have, on every rank\n{report.compared_text(comparison)}")
         return EXIT_OK
     why = cause(first, second, found)
-    text = f"{report.divergence_text(found, why)}\n  compared  {comparison}"
+    text = f"{report.divergence_text(found, why)}\n{report.compared_text(comparison)}"
     print(report.divergence_json(found, why) if own.json else text)
     return EXIT_DIFFERENT
 
@@ -168,15 +172,15 @@ def replay_bisect(name: str, tokens: Sequence[str]) -> int:
         "Name the first difference of two recorded runs of one layout down to the operation and the line of source "
         "that called it: by their recordings, then by making the step in which they part again, once for each. Where "
         "the runs were made by other programs, --code names a checkout for each. Runs without a recording are compared "
-        "by their checkpoints, and the steps between are made again. The replays lie in A-replay and B-replay. Exit "
-        "code 0 if the runs are equal, 1 if not.",
+        "by their checkpoints, the steps between are made again, and the one in which they part once more. The replays "
+        "lie in A-replay and B-replay. Exit code 0 if the runs are equal, 1 if not.",
         example="mslm replay bisect runs/first runs/second",
     )
     parser.add_argument("runs", nargs=2, type=path_of, metavar="RUN", help="directories of runs that were recorded")
     parser.add_argument("--code", nargs=2, type=path_of, metavar="DIR", help="checkouts that make A and B again")
     own = parser.parse_args(tokens)
     _refuse_launcher(name)
-    from megatron_slm.replay import bisect, checkpoints_only, step
+    from megatron_slm.replay import bisect, checkpoints_only
     from megatron_slm.replay.capsule import Capsule
 
     if checkpoints_only.without_recording(own.runs):
@@ -184,17 +188,24 @@ def replay_bisect(name: str, tokens: Sequence[str]) -> int:
 
     programs = own.code or (None, None)
 
-    def replay(recording: Capsule, number: int) -> step.ReplayedStep:
+    def replay(recording: Capsule, number: int) -> ReplayedStep:
         for one, code in zip((first, second), programs, strict=True):
             bisect.require_program(one, number, code)
-        start = _start_with(step.threads(recording, number), stdout=STDERR, code=programs[recording == second])
-        return step.replay_step(recording, number, start, capture=step.OPERATIONS)
+        return _operations(recording, number, programs[recording == second])
 
     with stopped_by_sigterm():
         first, second = map(Capsule.of, own.runs)
         found = bisect.bisect(first, second, replay)
     print(found.render())
     return EXIT_OK if found.divergence is None else EXIT_DIFFERENT
+
+
+def _operations(recording: Capsule, number: int, code: Path | None) -> ReplayedStep:
+    """A recorded step made again by a program, every operation recorded."""
+    from megatron_slm.replay import step
+
+    start = _start_with(step.threads(recording, number), stdout=STDERR, code=code)
+    return step.replay_step(recording, number, start, capture=step.OPERATIONS)
 
 
 def _bisect_checkpoints(runs: Sequence[Path], code: Sequence[Path] | None) -> int:
@@ -205,9 +216,14 @@ def _bisect_checkpoints(runs: Sequence[Path], code: Sequence[Path] | None) -> in
     opened = []
     for path, checkout in zip(runs, code or (None, None), strict=True):
         start = _start_with(checkpoints_only.threads(path), stdout=STDERR, code=checkout)
-        opened.append(Unrecorded(path, checkpoints_only.opened(path), start))
+        opened.append(Unrecorded(path, checkpoints_only.opened(path), start, checkout))
+
+    def replay(recording: Capsule, number: int) -> ReplayedStep:
+        (made,) = (one for one in opened if one.place in recording.folder.parents)
+        return _operations(recording, number, made.code)
+
     with stopped_by_sigterm():
-        found = checkpoints_only.bisect_checkpoints(*opened)
+        found = checkpoints_only.bisect_checkpoints(*opened, replay=replay)
     print(found.render())
     return EXIT_OK if found.plan is None else EXIT_DIFFERENT
 

@@ -17,7 +17,7 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.replay import places, source
 from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.cause import Cause, cause
-from megatron_slm.replay.diff import Divergence, first_divergence
+from megatron_slm.replay.diff import Divergence, compare, first_divergence
 from megatron_slm.replay.places import Place
 from megatron_slm.replay.report import divergence_text, phase_name
 from megatron_slm.replay.step import ReplayedStep
@@ -37,7 +37,7 @@ class Bisection:
     """Where two runs part.
 
     Attributes:
-        descent: what was compared and what that has named, coarse to fine.
+        descent: what was compared and what that has named, coarse to fine; of equal ones the steps of one run alone.
         replays: steps that were made again.
         divergence: the finest that was found; None where the recordings are equal.
         module: of an operation, between which outputs of modules it was called; of anything else the tensor's own.
@@ -51,11 +51,13 @@ class Bisection:
     module: str = ""
     made_at: tuple[str, ...] = ()
 
-    def render(self) -> str:
-        """The descent, a line each, and its end."""
+    def render(self, begin: int = 1) -> str:
+        """The descent, a line each, counted from ``begin`` on, and its end."""
         if self.divergence is None or self.cause is None:
-            return "equal: every recorded step that both runs have, on every rank"
-        lines = [f"{number}. {line}" for number, line in enumerate(self.descent, 1)]
+            return "\n".join(
+                ["equal: every recorded step that both runs have, on every rank", *(f"  {one}" for one in self.descent)]
+            )
+        lines = [f"{number}. {line}" for number, line in enumerate(self.descent, begin)]
         return "\n".join([*lines, divergence_text(self.divergence, self.cause, self.module, self.made_at)])
 
 
@@ -66,9 +68,10 @@ def bisect(first: Capsule, second: Capsule, replay: Replay) -> Bisection:
         ConfigError: the runs have other layouts, or no step in common.
         ReplayError: the step could not be made again.
     """
-    found = first_divergence(first, second)
+    comparison = compare(first, second)
+    found = comparison.divergence
     if found is None:
-        return Bisection(())
+        return Bisection(comparison.alone)
     recorded = f"recordings: {_where(found)}"
     why = cause(first, second, found)
     if found.start or found.key.phase in LOCATED:

@@ -7,13 +7,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_slm.errors import CheckpointError
 from megatron_slm.replay import stream
 from megatron_slm.replay.stream import Frame
 
 FOLDER = "replay"
+
+
+class Manifest(dict[str, Any]):
+    """A manifest, or a part of one: a key that it lacks names the file."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        """Take over what was read."""
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise CheckpointError(f"{self._path} is damaged: it holds no {key}. Record the run again (--fresh).")
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Capsule:
         Raises:
             CheckpointError: there is none.
         """
+        require_directory(path)
         for folder in (path / FOLDER, path):
             if stream.ranks_in(folder):
                 return Capsule(folder)
@@ -44,8 +57,36 @@ class Capsule:
         return stream.read_names(stream.names_path(self.folder, rank))
 
     def frames(self, rank: int) -> Iterator[Frame]:
-        """A rank's frames in their order."""
-        return stream.read_frames(stream.stream_path(self.folder, rank))
+        """A rank's frames in their order.
+
+        Raises:
+            CheckpointError: there is no stream, or it or its names are damaged.
+        """
+        names = self.names(rank)
+        for frame in stream.read_frames(stream.stream_path(self.folder, rank)):
+            stream.require_names(stream.names_path(self.folder, rank), frame, names)
+            yield frame
+
+    @property
+    def starts(self) -> list[int]:
+        """Completed steps behind which the run was started."""
+        found = self.folder.glob(f"manifest_{'[0-9]' * 7}.json")
+        return sorted(int(path.stem.split("_")[1]) for path in found)
+
+    def require_streams(self) -> None:
+        """Refuse a recording of which a rank's stream has gone.
+
+        Raises:
+            CheckpointError: names the ranks.
+        """
+        layouts = [self.manifest(step + 1)["groups"]["pp"] for step in self.starts or [0]]
+        known = {rank for layout in layouts for group in layout for rank in group}
+        if missing := sorted(known - {*self.ranks}):
+            ranks = ", ".join(map(str, missing))
+            raise CheckpointError(
+                f"{stream.stream_path(self.folder, missing[0])} is missing: the run had {len(known)} ranks, and there "
+                f"is no stream of rank {ranks}. Put it back, or record the run again (--fresh)."
+            )
 
     def manifest(self, step: int, rank: int | None = None) -> dict[str, Any]:
         """The manifest of the run, or of a rank, under which ``step`` was made: of the last start before it.
@@ -59,10 +100,23 @@ class Capsule:
         if not found:
             raise CheckpointError(f"{self.folder} holds no manifest{ending}.json; its recording is not whole.")
         try:
-            manifest: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+            text = found[-1].read_text(encoding="utf-8")
+            manifest: Any = json.loads(text, object_hook=lambda content: Manifest(found[-1], content))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{found[-1]} is damaged ({error}); record the run again.") from error
+        if not isinstance(manifest, Manifest):
+            raise CheckpointError(f"{found[-1]} is damaged: it holds no JSON object. Record the run again (--fresh).")
         return manifest
+
+
+def require_directory(path: Path) -> None:
+    """Refuse a run that is not there.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is no such directory; name that of a run, as runs/NAME.")
 
 
 def run_path(folder: Path, step: int) -> Path:

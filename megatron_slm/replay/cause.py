@@ -25,17 +25,21 @@ NO_CAUSE = ("config.name", "config.log.", "config.replay.", "config.checkpoint.s
             "code.diff", "environment.TORCHELASTIC_", "environment.TORCHINDUCTOR_CACHE", "environment.TRITON_CACHE",
             "config.schedule.lr_decay_iters")  # fmt: skip
 """What may differ between two runs that compute the same numbers; of data and tokenizer the digests decide."""
+CORPORA = ("config.data.data_path", "config.data.sources")
+"""Where the corpora lie: no cause by itself, but said first where the digests are not the same."""
+INTRA_OP, THREADS_VARIABLE = "threads.intra_op", "environment.OMP_NUM_THREADS"
 REDUCTION = ("config.parallel.ddp_bucket_size", "config.parallel.overlap_", "config.parallel.use_distributed_optimizer",
              "config.parallel.reduce_scatter_with_fp32_accumulation", "buckets", "environment.NCCL_",
              "environment.GLOO_", "config.precision.accumulate_allreduce_grads_in_fp32")  # fmt: skip
 KERNEL = ("threads.", "libraries.", "device", "switches.", "surroundings.cpu", "surroundings.versions.",
           "surroundings.python", "surroundings.platform", "surroundings.cpu_cores")  # fmt: skip
+DATA = "data"
 CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("configuration", ("config.",)),
     ("code", ("code.",)),
     ("kernel or thread count", KERNEL),
     ("environment", ("environment.",)),
-    ("data", ("data.",)),
+    (DATA, ("data.",)),
 )
 """Asked in this order where the phase itself does not say."""
 COMPUTED = (Phase.OUTPUT, Phase.LOSS, Phase.OUTPUT_GRADIENT, Phase.LOCAL_GRADIENT, Phase.OPERATION)
@@ -73,15 +77,35 @@ def circumstances(first: Capsule, second: Capsule, step: int) -> list[Circumstan
     found = []
     for rank, one, other in pairs:
         here, there = _flat(one), _flat(other)
+        # How many threads there were is known; the variable is one of the ways in which that came about.
+        same_threads = INTRA_OP in here and here[INTRA_OP] == there.get(INTRA_OP)
         for key in sorted({*here, *there}):
-            if here.get(key) != there.get(key) and not key.startswith(NO_CAUSE) and not key.endswith(".directory"):
+            if here.get(key) == there.get(key) or key.startswith(NO_CAUSE) or key.endswith(".directory"):
+                continue
+            if key != THREADS_VARIABLE or not same_threads:
                 found.append(Circumstance(key, here.get(key), there.get(key), rank))
     return found
+
+
+def corpora_first(found: Sequence[Circumstance], first: Capsule, second: Capsule, step: int) -> list[Circumstance]:
+    """The same, below the corpora's paths where the data are not the same."""
+    if not _matching(found, ("data.",)):
+        return list(found)
+    here, there = _flat(first.manifest(step)), _flat(second.manifest(step))
+    keys = sorted(key for key in {*here, *there} if key.startswith(CORPORA) and here.get(key) != there.get(key))
+    return [*(Circumstance(key, here.get(key), there.get(key)) for key in keys), *found]
 
 
 def cause(first: Capsule, second: Capsule, divergence: Divergence) -> Cause:
     """The class of what made the runs part."""
     found = circumstances(first, second, divergence.step)
+    why = _cause_among(found, first, second, divergence)
+    if why.kind != DATA:
+        return why
+    return Cause(why.kind, why.why, tuple(corpora_first(why.evidence, first, second, divergence.step)))
+
+
+def _cause_among(found: Sequence[Circumstance], first: Capsule, second: Capsule, divergence: Divergence) -> Cause:
     phase = divergence.key.phase
     if divergence.only_in is not None:
         return _cause("configuration", "the runs do not have the same tensors", found, ("config.", "code."))
@@ -110,9 +134,9 @@ def cause(first: Capsule, second: Capsule, divergence: Divergence) -> Cause:
 def _batch_cause(found: Sequence[Circumstance]) -> Cause:
     why = "other samples or tokens were read"
     if own := _matching(found, ("data.",)):
-        return Cause("data", why, tuple(own))
+        return Cause(DATA, why, tuple(own))
     own = _matching(found, ("config.data.", "config.train."))
-    return Cause("configuration" if own else "data", why, tuple(own))
+    return Cause("configuration" if own else DATA, why, tuple(own))
 
 
 def _cause(kind: str, why: str, found: Sequence[Circumstance], beginnings: tuple[str, ...]) -> Cause:

@@ -5,6 +5,8 @@ made again for both runs, from the checkpoint that is equal (or from the seed), 
 
     recorded   once through all n steps with their fingerprints, which name the step and the tensor
     halving    ceil(log2(n)) short replays that compare what they have saved, and the step that is left once recorded
+
+What these recordings say of the step is then followed down to the operation, as ``bisect.py`` does it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from typing import Any, NamedTuple
 
 from megatron_slm.config.load import Resolved, load
 from megatron_slm.errors import CheckpointError, ConfigError, ReplayError
-from megatron_slm.replay.capsule import FOLDER, Capsule
+from megatron_slm.replay.bisect import Bisection, Replay, bisect
+from megatron_slm.replay.capsule import FOLDER, Capsule, require_directory
 from megatron_slm.replay.cause import Cause, cause
 from megatron_slm.replay.diff import Divergence, first_divergence
 from megatron_slm.replay.kept import from_corpora
@@ -52,11 +55,16 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Unrecorded:
-    """A run of which there are checkpoints: its directory, its configuration, and what starts it."""
+    """A run of which there are checkpoints: its directory, its configuration, and what starts it.
+
+    Attributes:
+        code: the checkout that was named for it; None where the program that is running makes its steps again.
+    """
 
     path: Path
     resolved: Resolved
     start: Start
+    code: Path | None = None
 
     @property
     def place(self) -> Path:
@@ -73,6 +81,8 @@ class Parting:
         replays: how many times both runs were started.
         divergence: None where the replays are equal, so that the difference has not come back.
         unlike: runs whose replay does not repeat their own checkpoint.
+        programs: of replays that are equal, how another program may have made the runs.
+        finer: the step of ``divergence`` down to the operation, where that was asked for.
     """
 
     plan: Plan | None
@@ -80,6 +90,8 @@ class Parting:
     divergence: Divergence | None = None
     cause: Cause | None = None
     unlike: tuple[Path, ...] = ()
+    programs: str | None = None
+    finer: Bisection | None = None
 
     def render(self) -> str:
         """In words."""
@@ -90,15 +102,24 @@ class Parting:
             f"{self.plan.other}",
             f"2. {self.plan}; {self.replays} replay(s) of both",
         ]
+        if self.finer is not None and self.finer.divergence is not None:
+            return "\n".join([*lines, self.finer.render(3)])
         if self.divergence is not None and self.cause is not None:
             return "\n".join([*lines, divergence_text(self.divergence, self.cause)])
         lines.append("3. the replays are equal, so the difference has not come back")
         lines += [f"   {path} does not repeat its own checkpoint of step {self.plan.other}" for path in self.unlike]
+        lines += [f"   {self.programs}"] if self.programs is not None else []
         return "\n".join(lines)
 
 
 def without_recording(paths: list[Path]) -> bool:
-    """Whether any of the runs has none."""
+    """Whether any of the runs has none.
+
+    Raises:
+        CheckpointError: there is no such directory.
+    """
+    for path in paths:
+        require_directory(path)
     return not all(ranks_in(path / FOLDER) or ranks_in(path) for path in paths)
 
 
@@ -124,11 +145,14 @@ def threads(path: Path) -> int:
     return int(_fact(path, "environment.json", "threads_per_rank"))
 
 
-def bisect_checkpoints(first: Unrecorded, second: Unrecorded, *, way: str | None = None) -> Parting:
+def bisect_checkpoints(
+    first: Unrecorded, second: Unrecorded, *, way: str | None = None, replay: Replay | None = None
+) -> Parting:
     """Find the first step after which two runs are not the same, and the first tensor of it.
 
     Args:
         way: ``RECORDED`` or ``HALVING`` instead of the cheaper one.
+        replay: makes a step of what was recorded on the way again, down to its operations; default nobody does.
 
     Raises:
         ConfigError: the runs have no checkpoint in common.
@@ -159,10 +183,11 @@ def bisect_checkpoints(first: Unrecorded, second: Unrecorded, *, way: str | None
                 for one, again in zip(runs, (here, there), strict=True)
                 if last == other and not same_state(one.path, again.folder.parent, other)
             )
-            return Parting(plan, halvings + 1, None, None, unlike)
+            return Parting(plan, halvings + 1, None, None, unlike, _programs(first, second))
         if divergence.step == equal + 1 and divergence.previous is None and not divergence.start:
             divergence = dataclasses.replace(divergence, previous=equal)
-        return Parting(plan, halvings + 1, divergence, cause(here, there, divergence))
+        finer = None if replay is None else bisect(here, there, replay)
+        return Parting(plan, halvings + 1, divergence, cause(here, there, divergence), finer=finer)
 
 
 def interval(first: Path, second: Path) -> tuple[int, int] | None:
@@ -213,6 +238,24 @@ def step_seconds(path: Path) -> float:
         return statistics.median(json.loads(line)["step_ms"] for line in lines) / 1000.0
     except (OSError, ValueError, KeyError):
         return 1.0
+
+
+def _programs(first: Unrecorded, second: Unrecorded) -> str | None:
+    """Whether other programs may have made the runs than their replays; None where they were named."""
+    if first.code is not None and second.code is not None:
+        return None
+    commits = [(_fact(one.path, "environment.json", "git") or {}).get("commit") for one in (first, second)]
+    way_out = "give a checkout for each, --code DIR DIR"
+    if commits[0] != commits[1]:
+        made = " and ".join(
+            f"{one.path} at {'no commit' if commit is None else f'commit {commit[:12]}'}"
+            for one, commit in zip((first, second), commits, strict=True)
+        )
+        return f"both were made again by this program, but another program made one of them ({made}): {way_out}"
+    return (
+        "both were made again by this program: if another program made one of them, which a run without a recording "
+        f"does not say, {way_out}"
+    )
 
 
 def _fact(path: Path, file: str, name: str) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,6 +121,8 @@ class Comparison:
     divergence: Divergence | None
     frames: int
     read: int
+    alone: tuple[str, ...] = ()
+    """Of each run, the steps that the other one has not, in words."""
 
     def __str__(self) -> str:
         return f"{self.read} of {self.frames} recorded steps of all ranks"
@@ -130,7 +132,8 @@ def first_divergence(first: Capsule, second: Capsule) -> Divergence | None:
     """Where the two part; None where every step that both have is equal.
 
     Raises:
-        ConfigError: other ranks or another layout, so that ranks cannot be compared one to one; or no common step.
+        ConfigError: other ranks or another layout, so that ranks cannot be compared one to one; or a rank without a
+            common step.
         CheckpointError: a recording is damaged.
     """
     return compare(first, second).divergence
@@ -146,17 +149,18 @@ def compare(first: Capsule, second: Capsule) -> Comparison:
     stages = pipeline_ranks(first, second)
     searches = {rank: rank_search(first, second, rank) for rank in first.ranks}
     frames, read = (sum(getattr(one, name) for one in searches.values()) for name in ("frames", "read"))
-    if not frames:
-        raise ConfigError(f"{first.folder} and {second.folder} have no recorded step in common.")
     count = max(stages.values()) + 1
     divergences = (_divergence(rank, (stages[rank], count), one) for rank, one in searches.items())
     found = [one for one in divergences if one is not None]
-    if not found:
-        return Comparison(None, frames, read)
-    earliest = min((one.step, one.start) for one in found)
+    earliest = min(((one.step, one.start) for one in found), default=None)
+    if earliest is None or not earliest[1]:
+        _require_common(first, second, searches)
+    alone = _alone(first, second, searches)
+    if earliest is None:
+        return Comparison(None, frames, read, alone)
     candidates = sorted((one for one in found if (one.step, one.start) == earliest), key=Divergence.order)
     others = tuple(one.rank for one in candidates[1:])
-    return Comparison(dataclasses.replace(candidates[0], others=others), frames, read)
+    return Comparison(dataclasses.replace(candidates[0], others=others), frames, read, alone)
 
 
 def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
@@ -164,7 +168,10 @@ def pipeline_ranks(first: Capsule, second: Capsule) -> dict[int, int]:
 
     Raises:
         ConfigError: the layouts differ.
+        CheckpointError: a rank's stream is missing.
     """
+    for capsule in (first, second):
+        capsule.require_streams()
     groups = [capsule.manifest(1)["groups"] for capsule in (first, second)]
     if groups[0] != groups[1] or first.ranks != second.ranks:
         layouts = [capsule.manifest(1)["layout"] for capsule in (first, second)]
@@ -194,6 +201,43 @@ def rank_search(first: Capsule, second: Capsule, rank: int) -> RankSearch:
         lambda one, other: frame_difference(one, other, names, alike=alike),
         halving=alike,
     )
+
+
+def _require_common(first: Capsule, second: Capsule, searches: Mapping[int, RankSearch]) -> None:
+    """Refuse ranks of which no step could be compared: nothing is known of them."""
+    ranks = [rank for rank, one in searches.items() if not one.steps]
+    if not ranks:
+        return
+    own = [f"{capsule.folder} has {steps_text(steps)}" for capsule, steps in _pairs(first, second, searches[ranks[0]])]
+    raise ConfigError(
+        f"Rank {', '.join(map(str, ranks))}: no recorded step in common, so that nothing was compared there ("
+        f"{', '.join(own)} of rank {ranks[0]}). Record the run again, or let it go further."
+    )
+
+
+def _alone(first: Capsule, second: Capsule, searches: Mapping[int, RankSearch]) -> tuple[str, ...]:
+    lines: dict[str, list[int]] = {}
+    for rank, one in searches.items():
+        for capsule, steps in _pairs(first, second, one):
+            if steps:
+                said = f"{capsule.folder} alone has {steps_text(steps)}, which nothing was compared with"
+                lines.setdefault(said, []).append(rank)
+    return tuple(
+        line + ("" if len(ranks) == len(searches) else f" on rank {', '.join(map(str, ranks))}")
+        for line, ranks in lines.items()
+    )
+
+
+def _pairs(first: Capsule, second: Capsule, found: RankSearch) -> Iterator[tuple[Capsule, frozenset[int]]]:
+    return zip((first, second), found.alone, strict=True)
+
+
+def steps_text(steps: Collection[int]) -> str:
+    """Steps as they are printed: their number and span."""
+    if len(steps) < 2:
+        return f"step {min(steps)}" if steps else "no whole step"
+    whole = len(steps) == max(steps) - min(steps) + 1
+    return f"steps {min(steps)} to {max(steps)}" + ("" if whole else f" ({len(steps)} of them)")
 
 
 def _divergence(rank: int, stage: tuple[int, int], found: RankSearch) -> Divergence | None:

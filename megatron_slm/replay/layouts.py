@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_slm.config.load import load
 from megatron_slm.errors import ConfigError
+from megatron_slm.replay.capsule import require_directory
 from megatron_slm.replay.cause import NO_CAUSE
 from megatron_slm.replay.global_names import kind_of, parts_of, place_of
 from megatron_slm.replay.layout_report import LOSS, UPDATES, Deviation, LayoutDifference, Origin
@@ -55,7 +56,8 @@ def layout_diff(
         locate: asked where a difference comes from; default nobody is.
 
     Raises:
-        ConfigError: no checkpoint in common, or the reference has not got the last of them; dropout is on.
+        ConfigError: no checkpoint in common, or the reference has not got the last of them; dropout is on;
+            the models are not one.
         CheckpointError: something is damaged.
     """
     steps = _common_steps(runs, at)
@@ -63,7 +65,9 @@ def layout_diff(
     states = [read_state(path) for path in paths]
     layouts = (_words(states[0].layout), _words(states[1].layout))
     _refuse_dropout(paths)
-    found = LayoutDifference(layouts, steps, _other_settings(paths[0], paths[1]))
+    settings = _other_settings(paths[0], paths[1])
+    _refuse_other_models(runs, paths, settings)
+    found = LayoutDifference(layouts, steps, settings)
     records = [_records(run, steps[-1]) for run in runs]
     if (samples := _other_samples(*records)) is not None:
         return replace(found, samples=samples)
@@ -95,6 +99,8 @@ def _with_tensors(
 
 
 def _common_steps(runs: tuple[Path, Path], at: int | None) -> tuple[int, ...]:
+    for run in runs:
+        require_directory(run)
     first, second = (publish.published(run / "checkpoints") for run in runs)
     common = sorted({*first} & {*second})
     if at is not None and at not in common:
@@ -121,6 +127,22 @@ def _refuse_dropout(checkpoints: Sequence[Path]) -> None:
                     f"model.{key} = {rate} in {path.parent.parent}: each rank draws its own masks, so no two layouts "
                     f"compute the same. Compare runs with model.{key}=0."
                 )
+
+
+def _refuse_other_models(runs: tuple[Path, Path], checkpoints: Sequence[Path], settings: Sequence[str]) -> None:
+    """Refuse runs whose configurations ask for other tensors: no layout makes one model of two.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    keys = [one for one in settings if one.startswith("model.")]
+    shapes = [{name: spec.shape for name, spec in read_index(path).tensors.items()} for path in checkpoints]
+    weights = {name for index in shapes for name in index if is_weight(name)}
+    if keys and any(shapes[0].get(name) != shapes[1].get(name) for name in weights):
+        raise ConfigError(
+            f"{runs[0]} and {runs[1]} are not one configuration under two layouts, but other models: "
+            f"{'; '.join(keys)}. Compare runs that differ in parallel.* alone."
+        )
 
 
 def _other_settings(*checkpoints: Path) -> tuple[str, ...]:

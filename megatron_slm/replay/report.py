@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.cause import Cause
-from megatron_slm.replay.diff import Divergence
+from megatron_slm.replay.diff import Comparison, Divergence
 from megatron_slm.replay.places import Place
 from megatron_slm.replay.stream import Flag, Frame, Phase
 
@@ -42,6 +42,12 @@ def divergence_text(found: Divergence, why: Cause, module: str | None = None, ma
     return "\n".join(lines)
 
 
+def compared_text(comparison: Comparison) -> str:
+    """How much was compared, and what one of the runs alone has."""
+    lines = [str(comparison), *comparison.alone]
+    return "\n".join(f"  {'' if number else 'compared':<9} {line}" for number, line in enumerate(lines))
+
+
 def divergence_json(found: Divergence, why: Cause) -> str:
     """The same as one JSON line."""
     record = {
@@ -65,11 +71,10 @@ def divergence_json(found: Divergence, why: Cause) -> str:
 
 
 def capsule_text(capsule: Capsule) -> str:
-    """What was recorded: of each rank its steps and bytes."""
-    manifest = capsule.manifest(1)
-    layout = " x ".join(f"{axis} {size}" for axis, size in manifest["layout"].items())
+    """What was recorded: each start with its layout, and of each rank its steps."""
     lines = [
-        f"{capsule.folder}: {manifest['config']['replay']['level']}, {manifest['world_size']} ranks ({layout})",
+        f"{capsule.folder}: {_start_words(capsule.manifest(1))}",
+        *(f"  from step {step + 1} on: {_start_words(capsule.manifest(step + 1))}" for step in capsule.starts[1:]),
         f"{'rank':>5} {'steps':>15} {'frames':>7} {'records a step':>15} {'thinned':>8}",
     ]
     for rank in capsule.ranks:
@@ -79,6 +84,11 @@ def capsule_text(capsule: Capsule) -> str:
         thinned = sum(Flag.ROOTS in frame.flags for frame in frames)
         lines.append(f"{rank:>5} {steps:>15} {len(frames):>7} {records:>15} {thinned:>8}")
     return "\n".join(lines)
+
+
+def _start_words(manifest: Mapping[str, Any]) -> str:
+    layout = " x ".join(f"{axis} {size}" for axis, size in manifest["layout"].items())
+    return f"{manifest['config']['replay']['level']}, {manifest['world_size']} ranks ({layout})"
 
 
 def frame_text(frame: Frame, names: list[str], made: Sequence[Place] = ()) -> str:

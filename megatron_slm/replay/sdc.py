@@ -98,15 +98,18 @@ def hunt(
         The chosen steps, and one finding for each stretch behind a checkpoint that differs.
 
     Raises:
-        ConfigError: there is no such step, or a rotation moves nothing.
+        ConfigError: there is no such step, or a rotation moves nothing or goes beyond the ranks.
+        CheckpointError: a rank's stream is missing.
         ReplayError: a step could not be made again.
     """
     chosen = [step for step in recorded_steps(recording) if step % every == 0]
     if not chosen:
         raise ConfigError(f"--every {every}: {recording.folder} holds no step that is a multiple of {every}.")
     count = len(recording.ranks)
-    if still := [places for places in rotations if places % count == 0 and count > 1]:
-        raise ConfigError(f"--rotate {still[0]}: {count} ranks are all where they were; give 1 to {count - 1}.")
+    recording.require_streams()
+    if other := [places for places in rotations if not 0 < places < max(count, 2)]:
+        can = f"{count} ranks can be moved by 1 to {count - 1} slots" if count > 1 else "one rank cannot be moved"
+        raise ConfigError(f"--rotate {other[0]}: {can}; leave it out to move all of them by one.")
     wanted = [0, *(places for places in rotations if count > 1)]
     stretches = {begins_from(recording, step): step for step in chosen}  # the last one behind each checkpoint
     findings = (_judged(recording, step, replay, wanted) for step in stretches.values())

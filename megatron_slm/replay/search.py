@@ -11,14 +11,14 @@ equal, every frame is read.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from megatron_slm.errors import CheckpointError
-from megatron_slm.replay.stream import HEADER, MAGIC, RECORD, Flag, Frame, Phase, roots
+from megatron_slm.replay.stream import HEADER, MAGIC, RECORD, Flag, Frame, Phase, require_names, roots
 
 Found = TypeVar("Found")
 STATE = (Phase.OPTIMIZER, Phase.PARAMETER)
@@ -49,6 +49,8 @@ class Search(NamedTuple, Generic[Found]):
         previous: step of the frame before; None where there is none.
         frames: that both streams have.
         read: of these, those whose records were read.
+        steps: whether a step is among these frames, whole or not, and not starts alone.
+        alone: whole steps that the first stream alone has, and those of the second.
     """
 
     difference: Found | None
@@ -56,6 +58,8 @@ class Search(NamedTuple, Generic[Found]):
     previous: int | None
     frames: int
     read: int
+    steps: bool = False
+    alone: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
 class Streams:
@@ -70,6 +74,8 @@ class Streams:
         self._paths, self._names = paths, names
         first, second = ({place.key: place for place in places(path)} for path in paths)
         self.pairs = [(first[key], second[key]) for key in sorted({*first} & {*second})]
+        here, there = whole_steps(first.values()), whole_steps(second.values())
+        self.alone = here - there, there - here
         shared = min(map(len, names))
         self.numbered_alike = list(names[0][:shared]) == list(names[1][:shared])
         self._read: set[int] = set()
@@ -83,6 +89,8 @@ class Streams:
         """A pair, with its records."""
         self._read.add(index)
         one, other = (read_at(path, place) for path, place in zip(self._paths, self.pairs[index], strict=True))
+        for path, frame, names in zip(self._paths, (one, other), self._names, strict=True):
+            require_names(path.with_suffix(".names"), frame, names)
         return one, other
 
     def alike_by_header(self, index: int) -> bool:
@@ -108,6 +116,7 @@ def search(
         halving: False where the streams do not hold the same parts of the state, so that its roots say nothing.
     """
     count = len(streams.pairs)
+    steps = any(Flag.START not in first.flags for first, _ in streams.pairs)
     end = _first_other_state(streams) if halving else None
     begin = 0
     if end is not None and streams.numbered_alike:
@@ -115,8 +124,13 @@ def search(
     for index in range(begin, count if end is None else end + 1):
         if (found := difference(*streams.frames(index))) is not None:
             previous = streams.pairs[index - 1][0].step if index else None
-            return Search(found, streams.pairs[index][0], previous, count, streams.read)
-    return Search(None, None, None, count, streams.read)
+            return Search(found, streams.pairs[index][0], previous, count, streams.read, steps, streams.alone)
+    return Search(None, None, None, count, streams.read, steps, streams.alone)
+
+
+def whole_steps(found: Iterable[Place]) -> frozenset[int]:
+    """The steps among frames that were recorded to their end."""
+    return frozenset(place.step for place in found if not place.flags & (Flag.START | Flag.UNFINISHED))
 
 
 def places(path: Path) -> list[Place]:

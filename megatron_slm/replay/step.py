@@ -15,12 +15,13 @@ from pathlib import Path
 from megatron_slm.config.load import Resolved, load
 from megatron_slm.errors import ConfigError
 from megatron_slm.replay.capsule import FOLDER, Capsule
-from megatron_slm.replay.cause import Circumstance, cause, circumstances
-from megatron_slm.replay.diff import Divergence
+from megatron_slm.replay.cause import Circumstance, cause, circumstances, corpora_first
+from megatron_slm.replay.diff import Divergence, steps_text
 from megatron_slm.replay.kept import with_inputs
 from megatron_slm.replay.report import SHOWN, divergence_text
 from megatron_slm.replay.rerun import Start, anew, begin_from, first_difference, recorded, run
-from megatron_slm.replay.stream import Flag
+from megatron_slm.replay.search import places, whole_steps
+from megatron_slm.replay.stream import Flag, stream_path
 from megatron_slm.train import publish
 from megatron_slm.train.run_directory import RunDirectory, locked
 
@@ -50,7 +51,8 @@ class ReplayedStep:
     @property
     def circumstances(self) -> list[Circumstance]:
         """What was not the same in the replay, and may matter."""
-        return circumstances(self.recording, self.replayed, self.step)
+        found = circumstances(self.recording, self.replayed, self.step)
+        return corpora_first(found, self.recording, self.replayed, self.step)
 
     def render(self) -> str:
         """The verdict in words."""
@@ -142,11 +144,13 @@ def require_recorded(recording: Capsule, step: int) -> None:
 
     Raises:
         ConfigError: names the recorded steps.
+        CheckpointError: a rank's stream is missing or damaged.
     """
-    steps = recorded_steps(recording)
-    if step not in steps:
-        known = f"it has steps {steps[0]} to {steps[-1]}" if steps else "it has none"
-        raise ConfigError(f"Step {step} is not in {recording.folder}: {known}.")
+    recording.require_streams()
+    for rank in recording.ranks:
+        steps = whole_steps(places(stream_path(recording.folder, rank)))
+        if step not in steps:
+            raise ConfigError(f"Step {step} is not in {recording.folder}: of rank {rank} it has {steps_text(steps)}.")
 
 
 def recorded_steps(recording: Capsule) -> Sequence[int]:

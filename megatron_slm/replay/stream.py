@@ -92,11 +92,37 @@ def ranks_in(folder: Path) -> list[int]:
 
 
 def read_names(path: Path) -> list[str]:
-    """Whole lines alone; none where there is no file."""
+    """Whole lines alone; none where there is no file.
+
+    Raises:
+        CheckpointError: it is no text.
+    """
     if not path.exists():
         return []
     text, _, _ = path.read_bytes().rpartition(b"\n")
-    return text.decode().split("\n") if text else []
+    try:
+        return text.decode().split("\n") if text else []
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Record the run again (--fresh).") from error
+
+
+def require_names(path: Path, frame: Frame, names: Sequence[str]) -> None:
+    """Refuse a frame that has records without a name.
+
+    Args:
+        path: where ``names`` were read from.
+
+    Raises:
+        CheckpointError: names are missing.
+    """
+    if Flag.ROOTS in frame.flags or not len(frame.records):
+        return  # a root has none
+    wanted = int(frame.records["name"].max()) + 1
+    if wanted > len(names):
+        raise CheckpointError(
+            f"{path} is damaged: it holds {len(names)} whole names, and step {frame.step} has records of {wanted}. "
+            "Record the run again (--fresh)."
+        )
 
 
 def read_frames(path: Path) -> Iterator[Frame]:

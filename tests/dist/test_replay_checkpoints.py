@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from megatron_slm import cli
 from megatron_slm.config.load import Resolved
 from megatron_slm.errors import ConfigError, ReplayError
+from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.checkpoints_only import (
     HALVING,
     RECORDED,
@@ -21,6 +23,7 @@ from megatron_slm.replay.checkpoints_only import (
     planned,
     step_seconds,
 )
+from megatron_slm.replay.step import OPERATIONS, ReplayedStep, replay_step
 from megatron_slm.replay.stream import Phase
 from tests import runs
 
@@ -93,7 +96,33 @@ def test_the_first_step_is_found_either_way(way: str, pair: tuple[Path, Path]) -
 def test_a_difference_that_does_not_come_back_is_in_one_run(pair: tuple[Path, Path]) -> None:
     found = bisect_checkpoints(*both(pair, comes_back=False), way=RECORDED)
     assert found.divergence is None and found.unlike == (pair[1],)
-    assert f"{pair[1]} does not repeat its own checkpoint of step 9" in found.render()
+    said = found.render()
+    assert f"{pair[1]} does not repeat its own checkpoint of step 9" in said
+    assert "if another program made one of them" in said and "--code DIR DIR" in said
+    environment = pair[1] / "environment.json"
+    record = environment.read_text()
+    environment.write_text(json.dumps({**json.loads(record), "git": {"commit": "other" * 8, "dirty": False}}))
+    found = bisect_checkpoints(*both(pair, comes_back=False), way=RECORDED)
+    environment.write_text(record)
+    assert f"another program made one of them ({pair[0]} at " in found.render()
+    assert f"{pair[1]} at commit otherotherot): give a checkout for each, --code DIR DIR" in found.render()
+    named = [replace(one, code=pair[0]) for one in both(pair, comes_back=False)]
+    assert "--code" not in bisect_checkpoints(named[0], named[1], way=RECORDED).render()
+
+
+def test_the_step_that_was_found_is_followed_to_its_operations(pair: tuple[Path, Path]) -> None:
+    first, second = both(pair)
+
+    def replay(recording: Capsule, number: int) -> ReplayedStep:
+        start = start_other if second.place in recording.folder.parents else runs.start
+        return replay_step(recording, number, start, capture=OPERATIONS)
+
+    found = bisect_checkpoints(first, second, way=RECORDED, replay=replay)
+    assert found.finer is not None and found.finer.replays == 2
+    said = found.render()
+    assert f"\n3. recordings: step {STEP}, rank 0, gradient {STRUCK}" in said
+    assert f"\n4. step {STEP} of both made again (from steps 1 and 1), every operation: " in said
+    assert said.count("first difference: ") == 1 and found.finer.made_at
 
 
 def test_the_cheaper_way_is_taken(pair: tuple[Path, Path]) -> None:

@@ -72,6 +72,17 @@ def test_two_tensor_parallel_ranks_are_equal_within_tolerance(place: Path, capsy
         compared(place, "two", at=3)
 
 
+def test_other_models_are_refused_before_anything_is_made_again(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shallow = ("model.num_layers=2", "train.train_iters=1", "parallel.world_size=1")
+    assert runs.train(place / "shallow", runs.corpus(place), 1, *STEPS, *shallow) == 0
+    assert cli.main(["replay", "layout-diff", str(place / "shallow"), str(place / "two")]) == 2
+    said = capsys.readouterr().err
+    assert "are not one configuration under two layouts" in said and "model.num_layers: 2 and 4" in said
+    assert not (place / "shallow-layout-diff").exists()
+
+
 def test_gradients_of_norms_that_are_not_summed_are_flagged(place: Path) -> None:
     planted = bugs.norm_gradients_not_summed
     assert runs.train(place / "unsummed", runs.corpus(place), 2, *TP2, *STEPS, plant=planted) == 0

@@ -15,8 +15,8 @@ import pytest
 from megatron_slm import cli
 from megatron_slm.config.load import load
 from megatron_slm.replay.cause import Cause
-from megatron_slm.replay.diff import Divergence, Key
-from megatron_slm.replay.report import divergence_text
+from megatron_slm.replay.diff import Comparison, Divergence, Key, steps_text
+from megatron_slm.replay.report import compared_text, divergence_text
 from megatron_slm.replay.stream import Phase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +84,10 @@ def test_blocks_have_the_form_that_is_printed_today() -> None:
     found = Divergence(18, False, 0, Key(Phase.OPERATION, 0, "aten.exp_.default[0] float32[2]", 0), 1, 0, 1, None, 17)
     why = Cause("code", "because", ())
     assert labels(blocks()["diff"]) == labels(divergence_text(found, why))
+    for name in ("diff", "mended"):
+        read, frames = map(int, re.findall(r"^  compared  (\d+) of (\d+) ", blocks()[name], re.MULTILINE)[0])
+        assert compared_text(Comparison(None, frames, read)) in blocks()[name].splitlines()
+    assert f"runs/mine/replay alone has {steps_text(range(41, 121))}, which" in blocks()["mended"]
     bisected = blocks()["bisect"]
     assert labels(bisected)[: len(labels(divergence_text(found, why, "", ("x",))))] == labels(
         divergence_text(found, why, "", ("x",))

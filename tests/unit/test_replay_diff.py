@@ -122,6 +122,20 @@ CAUSES: dict[str, tuple[int, Edit | None, Edit | None, str, str | None]] = {
     "tokens, nothing else": (0, None, None, "data", None),
     "another random state": (1, None, None, "random numbers", None),
     "an output, other threads": (2, None, lambda m: m["threads"].update(intra_op=4), KERNEL, "threads"),
+    "an output, other threads by the variable": (
+        2,
+        None,
+        lambda m: (m["threads"].update(intra_op=4), m["environment"].update(OMP_NUM_THREADS="4")),
+        KERNEL,
+        "threads",
+    ),
+    "an output, the variable alone": (
+        2,
+        None,
+        lambda m: m["environment"].update(OMP_NUM_THREADS="1"),
+        "silent corruption",
+        None,
+    ),
     "an output, another variable": (2, None, lambda m: m["environment"].update(OMP_X="1"), "environment", "OMP_X"),
     "an output, other code": (2, lambda m: m["code"].update(sources_sha256="d"), None, "code", "sources"),
     "an output, nothing else": (2, None, None, "silent corruption", None),
@@ -223,6 +237,25 @@ def test_other_layouts_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="pp 2 and tp 2"):
         first_divergence(recording(tmp_path / "a"), recording(tmp_path / "b", run=other))
+
+
+def test_other_corpora_are_named_by_their_paths_first(tmp_path: Path) -> None:
+    def at(path: str, digest: str) -> Edit:
+        def edit(manifest: dict[str, Any]) -> None:
+            manifest["config"]["data"] = {"data_path": path, "sources": {}}
+            manifest["data"]["sources"]["corpus"]["digest"] = digest
+
+        return edit
+
+    first = recording(tmp_path / "a", run=at("/here", "d"))
+    for name, path, digest, expected in (("b", "/there", "e", ["config.data.data_path", "data.sources.corpus.digest"]),
+                                         ("c", "/here", "e", ["data.sources.corpus.digest"]),
+                                         ("d", "/there", "d", [])):  # fmt: skip
+        second = recording(tmp_path / name, [(1, 2, 0)], run=at(path, digest))
+        found = first_divergence(first, second)
+        assert found is not None
+        judged = cause(first, second, found)
+        assert judged.kind == "data" and [one.key for one in judged.evidence] == expected
 
 
 def test_circumstances_are_those_of_the_start_before_the_step(tmp_path: Path) -> None:

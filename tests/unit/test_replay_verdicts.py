@@ -168,8 +168,15 @@ def test_one_rank_cannot_be_moved(tmp_path: Path) -> None:
     made, (found,) = hunted(tmp_path, {0: once(0)}, 1, rotations=(1,))
     assert [places for _, places in made] == [0, 0, 0] and found.verdict == UNDECIDED
     assert "one rank cannot be moved" in str(found) and "transient, in the recorded run" in str(found)
-    with pytest.raises(ConfigError, match="--rotate 4: 2 ranks are all where they were"):
-        hunt(made_by(tmp_path / "two", {}, ranks=2), 1, lambda *made: pytest.fail("none"), rotations=(4,))
+    with pytest.raises(ConfigError, match="--rotate 3: one rank cannot be moved"):
+        hunt(Capsule.of(tmp_path / "run"), 1, lambda *made: pytest.fail("none"), rotations=(3,))
+
+
+@pytest.mark.parametrize("rotations", [(4,), (1, 5), (0,), (-1,)])
+def test_ranks_are_moved_by_fewer_slots_than_there_are(tmp_path: Path, rotations: tuple[int, ...]) -> None:
+    run = made_by(tmp_path, {}, ranks=4)
+    with pytest.raises(ConfigError, match=f"--rotate {rotations[-1]}: 4 ranks can be moved by 1 to 3 slots"):
+        hunt(run, 1, lambda *made: pytest.fail("none"), rotations=rotations)
 
 
 def test_what_a_replica_has_in_common_began_at_its_first(tmp_path: Path) -> None:

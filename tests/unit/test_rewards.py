@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -26,7 +27,7 @@ def length(answer, fields):
 def awkward(answer, fields):
     print("this is no output of the command")
     if answer == "hang":
-        subprocess.Popen(["sleep", "987"])
+        subprocess.Popen(["sleep", fields["seconds"]])
         while True:
             pass
     if answer == "crash":
@@ -53,6 +54,15 @@ def pool(own: Path) -> Iterator[VerifierPool]:
         yield found
 
 
+def command_lines() -> set[str]:
+    """Of every process that runs now."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            found.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
+    return found
+
+
 def test_many_answers_are_judged_in_their_order(pool: VerifierPool, own: Path) -> None:
     asked = [Asked(f"{own}:length", "x" * (place % 7), {"longest": 10}) for place in range(300)]
     assert [one.value for one in pool.scores(asked)] == [place % 7 / 10 for place in range(300)]
@@ -62,7 +72,7 @@ def test_many_answers_are_judged_in_their_order(pool: VerifierPool, own: Path) -
 def test_what_fails_has_no_score_and_the_others_have(pool: VerifierPool, own: Path) -> None:
     awkward, slow = f"{own}:awkward", r"(a+)+$"
     asked = [
-        Asked(awkward, "hang", {}),
+        Asked(awkward, "hang", {"seconds": f"987.{os.getpid()}"}),
         Asked(awkward, "fine", {}),
         Asked(awkward, "crash", {}),
         Asked(awkward, "nan", {}),
@@ -81,12 +91,12 @@ def test_what_fails_has_no_score_and_the_others_have(pool: VerifierPool, own: Pa
         assert math.isnan(one.value) == bool(cause) and (cause in one.cause if cause else not one.cause), found
     assert (found[1].value, found[10].value) == (0.5, 1.0)
     time.sleep(0.1)
-    assert b"sleep\x00987\x00" not in {path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    assert f"sleep 987.{os.getpid()}" not in command_lines()
 
 
 def test_a_verifier_that_always_hangs_is_given_up(own: Path) -> None:
     with VerifierPool([f"{own}:awkward", "exact_match"], workers=2, timeout_s=0.05) as pool:
-        asked = [Asked(f"{own}:awkward", "hang", {})] * 200 + [Asked("exact_match", "x", {"answer": "x"})]
+        asked = [Asked(f"{own}:awkward", "hang", {"seconds": "1"})] * 200 + [Asked("exact_match", "x", {"answer": "x"})]
         begun = time.monotonic()
         found = pool.scores(asked)
         assert time.monotonic() - begun < 200 * 0.05 and sum("in a row" in one.cause for one in found) > 100
