@@ -73,19 +73,23 @@ class Capsule:
         found = self.folder.glob(f"manifest_{'[0-9]' * 7}.json")
         return sorted(int(path.stem.split("_")[1]) for path in found)
 
+    @property
+    def missing(self) -> list[int]:
+        """The ranks that the run had, and of which there is no stream."""
+        layouts = [self.manifest(step + 1)["groups"]["pp"] for step in self.starts or [0]]
+        return sorted({rank for layout in layouts for group in layout for rank in group} - {*self.ranks})
+
     def require_streams(self) -> None:
         """Refuse a recording of which a rank's stream has gone.
 
         Raises:
             CheckpointError: names the ranks.
         """
-        layouts = [self.manifest(step + 1)["groups"]["pp"] for step in self.starts or [0]]
-        known = {rank for layout in layouts for group in layout for rank in group}
-        if missing := sorted(known - {*self.ranks}):
+        if missing := self.missing:
             ranks = ", ".join(map(str, missing))
             raise CheckpointError(
-                f"{stream.stream_path(self.folder, missing[0])} is missing: the run had {len(known)} ranks, and there "
-                f"is no stream of rank {ranks}. Put it back, or record the run again (--fresh)."
+                f"{stream.stream_path(self.folder, missing[0])} is missing: there is no stream of rank {ranks}, which "
+                "the run had. Put it back, or record the run again (--fresh)."
             )
 
     def manifest(self, step: int, rank: int | None = None) -> dict[str, Any]:

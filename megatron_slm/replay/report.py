@@ -83,6 +83,7 @@ def capsule_text(capsule: Capsule) -> str:
         records = len(frames[-1].records) if frames else 0
         thinned = sum(Flag.ROOTS in frame.flags for frame in frames)
         lines.append(f"{rank:>5} {steps:>15} {len(frames):>7} {records:>15} {thinned:>8}")
+    lines += [f"{rank:>5} {'missing':>15}" for rank in capsule.missing]
     return "\n".join(lines)
 
 

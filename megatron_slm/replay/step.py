@@ -20,8 +20,8 @@ from megatron_slm.replay.diff import Divergence, steps_text
 from megatron_slm.replay.kept import with_inputs
 from megatron_slm.replay.report import SHOWN, divergence_text
 from megatron_slm.replay.rerun import Start, anew, begin_from, first_difference, recorded, run
-from megatron_slm.replay.search import places, whole_steps
-from megatron_slm.replay.stream import Flag, stream_path
+from megatron_slm.replay.search import places, read_at, whole_steps
+from megatron_slm.replay.stream import Flag, names_path, require_names, stream_path
 from megatron_slm.train import publish
 from megatron_slm.train.run_directory import RunDirectory, locked
 
@@ -148,9 +148,13 @@ def require_recorded(recording: Capsule, step: int) -> None:
     """
     recording.require_streams()
     for rank in recording.ranks:
-        steps = whole_steps(places(stream_path(recording.folder, rank)))
+        path = stream_path(recording.folder, rank)
+        found = places(path)
+        steps = whole_steps(found)
         if step not in steps:
             raise ConfigError(f"Step {step} is not in {recording.folder}: of rank {rank} it has {steps_text(steps)}.")
+        own = next(place for place in found if place.key == (step, False))
+        require_names(names_path(recording.folder, rank), read_at(path, own), recording.names(rank))
 
 
 def recorded_steps(recording: Capsule) -> Sequence[int]:

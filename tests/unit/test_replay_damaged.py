@@ -95,7 +95,8 @@ def test_a_missing_stream_is_not_another_layout(tmp_path: Path, capsys: pytest.C
     gone.unlink()
     for words in (("diff", whole, lacks), ("diff", lacks, whole), ("step", lacks, "3"), ("sdc", lacks, "--every", "1")):
         code, _, err = said(capsys, *words)
-        assert code == 2 and f"{gone} is missing: the run had 2 ranks, and there is no stream of rank 1." in err
+        assert code == 2 and f"{gone} is missing: there is no stream of rank 1, which the run had." in err
+    assert said(capsys, "show", lacks)[1].splitlines()[-1].split() == ["1", "missing"]
 
 
 Spoil = Callable[[Path], Path]
@@ -137,7 +138,7 @@ def manifest_that_is_a_list(folder: Path) -> Path:
     return path
 
 
-NAMES_ALONE, MANIFESTS = (("show", "--step", "3"), ("diff",)), (("diff",), ("step", "3"))
+NAMES_ALONE, MANIFESTS = (("show", "--step", "3"), ("diff",), ("step", "3")), (("diff",), ("step", "3"))
 SPOILED: dict[Spoil, tuple[tuple[str, ...], ...]] = {
     cut_names: NAMES_ALONE,
     garbled_names: NAMES_ALONE,
