@@ -34,6 +34,9 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 """Ranks, micro-batch size and degrees. ``tests/bench/stage_matrix.py`` takes every combination."""
 
+BY_SEQUENCE = ("sft", "reward", "dpo", "grpo gspo")
+"""Of each kind of denominator one."""
+
 TOLERANCE = 1e-9
 
 
@@ -58,14 +61,16 @@ def agree(found: Outcome, expected: Outcome) -> None:
         assert error <= TOLERANCE, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "tp2 pp2 sp") for name in CONFIGS), *((name, "cp2 dp2") for name in BY_SEQUENCE)],
+)
 def test_a_layout_gives_the_numbers_of_one_rank(pool: RankPool, name: str, layout: str) -> None:
     world_size, size, degrees = LAYOUTS[layout]
     task = replace(TASK, train=replace(TASK.train, micro_batch_size=size)).on(**degrees)
     agree(pool.call(train_stage, world_size, task, name)[0], on_one_rank(pool, name))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BY_SEQUENCE)
 def test_unpacked_is_packed(pool: RankPool, name: str) -> None:
     agree(pool.call(train_stage, 1, TASK, name, False)[0], on_one_rank(pool, name))

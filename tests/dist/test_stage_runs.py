@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_was_not(
     assert runs.differences(*found) == []
 
 
-@pytest.mark.parametrize("stage", KIND)
+@pytest.mark.parametrize("stage", ["dpo", "grpo", "distill"])
 def test_a_pipeline_gives_what_one_rank_gives(tmp_path: Path, data: dict[str, Path], base: Path, stage: str) -> None:
     """In float64: the same answers are drawn, and what is logged agrees."""
     exact = ("precision.fp64=true", "train.train_iters=3")
