@@ -140,14 +140,14 @@ def _gathered_loss(
     weight: Tensor | None = None,
     runtime_gather_output: bool | None = None,
     *,
-    labels: Tensor | None = None,
-    loss_mask: Tensor | None = None,
-    objective: Any = None,
+    ending: Any = None,
+    fields: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """The head's logits, gathered over tp, in fp32, and their cross-entropy."""
     local, bias = ColumnParallelLinear.forward(layer, hidden, weight, runtime_gather_output)
-    if labels is None or loss_mask is None:
+    if fields is None:
         return local, bias
+    labels, loss_mask = fields["labels"], fields["loss_mask"]
     logits = gather_from_tensor_model_parallel_region(local)
     del local
     whole = Widened.apply(logits, layer).reshape(-1, logits.shape[-1])
