@@ -14,6 +14,7 @@ Shapes: S sequence, B batch, H hidden, F width of the MLP on this rank, V vocabu
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
