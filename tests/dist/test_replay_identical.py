@@ -18,7 +18,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("name", ["dp3, whole optimizer", "tp2 cp2 sp", "ep2 pp2"])
+@pytest.mark.parametrize("name", ["tp2 cp2 sp"])
 def test_two_runs_are_identical(tmp_path: Path, data: Path, name: str) -> None:
     found = twice(tmp_path, data, MIXES[name], 4)
     assert (found.steps, found.differing, found.files_equal) == (4, 0, True)
