@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -14,6 +15,8 @@ from megatron_slm.launch import mpi, report
 from megatron_slm.launch.environment import RankEnvironment
 
 REPORT_VARIABLE = "MSLM_REPORT_FD"
+# MPICH's launcher ends at an Abort without reading what is still in the ranks' pipes: our last words among it.
+_SECONDS_FOR_LAUNCHER = 1.0
 
 
 def run_rank(environment: RankEnvironment, entry: Callable[[RankEnvironment], int]) -> int:
@@ -76,5 +79,6 @@ def abort_on_exception(environment: RankEnvironment) -> Iterator[None]:
         yield
     except Exception as error:  # whatever ends a rank is reported
         code = report.print_failure(environment, error)
+        time.sleep(_SECONDS_FOR_LAUNCHER)
         mpi.load_mpi().COMM_WORLD.Abort(code)
         os._exit(code)  # MPI allows an Abort that returns

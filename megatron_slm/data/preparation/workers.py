@@ -9,15 +9,19 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from megatron_slm.data.preparation.staging import ResumableError
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SECONDS_BETWEEN_LOOKS = 1.0
 
 _WORK: dict[str, Callable[[Any], Any]] = {}
 """In a worker: the function of its pool, so that what it loads on its first call is there on the second."""
@@ -40,22 +44,53 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
     if workers == 1 or len(head) < 2:
         yield from map(function, itertools.chain(head, remaining))
         return
-    # Spawned, not forked: the threads of Arrow and of the tokenizers do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (function,))
+    crew = _Crew(workers, function)
     under_way: deque[Future[R]] = deque()
     try:
         for task in itertools.chain(head, remaining):
-            under_way.append(pool.submit(_work, task))
+            under_way.append(crew.submit(task))
             if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
+                yield crew.result(under_way.popleft())
         while under_way:
-            yield under_way.popleft().result()
+            yield crew.result(under_way.popleft())
     except BrokenProcessPool as error:
+        crew.kill()
         raise ResumableError(
             "A worker process died; most often memory ran out. Run the same command again, with fewer --workers."
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        crew.pool.shutdown(cancel_futures=True)
+
+
+class _Crew:
+    """A process pool that notices every dead worker.
+
+    Python 3.11's own pool can wait for ever when a worker dies while a task is being handed in: for a future that
+    nobody will fill, or for a worker that it started after it had ended the others (cpython issue 94777 and those
+    linked there). So the workers are looked at from here too.
+    """
+
+    def __init__(self, workers: int, function: Callable[[Any], Any]) -> None:
+        self._others = set(multiprocessing.active_children())
+        # Spawned, not forked: the threads of Arrow and of the tokenizers do not survive a fork.
+        self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (function,))
+        self._workers: set[BaseProcess] = set()
+
+    def submit(self, task: Any) -> Future[Any]:
+        future = self.pool.submit(_work, task)
+        self._workers |= set(multiprocessing.active_children()) - self._others
+        return future
+
+    def result(self, future: Future[R]) -> R:
+        """Raises BrokenProcessPool where a worker died, as the pool itself does when it notices."""
+        while not futures.wait([future], timeout=SECONDS_BETWEEN_LOOKS).done:
+            if not all(worker.is_alive() for worker in self._workers):
+                raise BrokenProcessPool("a worker ended without an answer")
+        return future.result()
+
+    def kill(self) -> None:
+        for worker in set(multiprocessing.active_children()) - self._others:
+            worker.kill()
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
