@@ -1,5 +1,6 @@
 # From nothing but python3 (3.10 to 3.12):
 #   make demo    train a small model on this machine and see what comes out
+#   make demo-align  SFT, reward model, DPO, GRPO on a small task, before and after
 #   make test    ruff, mypy, pytest
 #   make bench   every benchmark in full; writes docs/benchmarks.md
 #   make lint    ruff and mypy alone
@@ -14,10 +15,13 @@ STAMP := $(VENV)/.installed
 
 export PYTHON
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint clean environment help
+.PHONY: demo demo-align test bench lint clean environment help
 
 demo: $(STAMP)
 	$(BIN)/python examples/kjv/demo.py
+
+demo-align: $(STAMP)
+	$(BIN)/python examples/sorting/demo.py
 
 # One compute thread in each process: the tests run several ranks on one machine.
 test: lint

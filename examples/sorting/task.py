@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 DIGITS, QUESTIONS, TEST = 6, 20_000, 512
+SIX_DIGITS = rf"^\s*\d(?: \d){{{DIGITS - 1}}}\s*$"
 SHARES = {"chat": 0.5, "preference": 0.3, "prompt": 0.2}
 
 
@@ -28,13 +29,16 @@ def main() -> None:
 
 def write_task(output: Path, seed: int) -> None:
     """``text.txt`` for a tokenizer, and JSONL for `mslm data examples` (chat, preference, prompt) and `mslm eval`
-    (test).
+    (test, and choices: the same questions with a right and a spoilt answer).
     """
     random = np.random.default_rng(seed)
     numbers = random.permutation(10**DIGITS)[:QUESTIONS]
     questions = [[int(digit) for digit in f"{number:0{DIGITS}d}"] for number in numbers]
     output.mkdir(parents=True, exist_ok=True)
-    rows = {"test": [prompt_row(digits) for digits in questions[:TEST]]}
+    rows = {
+        "test": [prompt_row(digits) for digits in questions[:TEST]],
+        "choices": [choice_row(digits, np.random.default_rng([seed, *digits])) for digits in questions[:TEST]],
+    }
     rest, first = questions[TEST:], 0
     for kind, share in SHARES.items():
         mine = rest[first : first + round(share * len(rest))]
@@ -55,9 +59,18 @@ def row_of(kind: str, digits: list[int], random: np.random.Generator) -> dict[st
     return prompt_row(digits)
 
 
+def choice_row(digits: list[int], random: np.random.Generator) -> dict[str, object]:
+    """The right answer and a spoilt one, in a random order."""
+    right = sorted(digits)
+    choices = [answer(right), answer(spoilt(right, random))]
+    place = int(random.integers(0, 2))
+    return {"prompt": question(digits), "choices": choices if place == 0 else choices[::-1], "answer": place}
+
+
 def prompt_row(digits: list[int]) -> dict[str, str]:
-    """A question with its answer."""
-    return {"prompt": question(digits), "answer": answer(sorted(digits)), "verifier": "exact_match"}
+    """A question with its answer, and the form of one for the verifier ``regex``."""
+    row = {"prompt": question(digits), "answer": answer(sorted(digits)), "verifier": "exact_match"}
+    return row | {"pattern": SIX_DIGITS}
 
 
 def spoilt(right: list[int], random: np.random.Generator) -> list[int]:

@@ -1,186 +1,202 @@
-"""What each stage after pretraining is worth on the sorting task, with intervals: examples/sorting, trained at TP2.
+"""What each stage after pretraining is worth on the sorting task, with intervals, and three ways to spoil a model.
 
     python tests/bench/alignment_gains.py [--quick] [--seeds 3] [--work DIR]
 
-Every seed has its own task, tokenizer and models. Before and after are the same 512 questions that no stage has seen.
-In full it takes some 30 minutes on two cores; ``--quick`` is one seed.
+examples/sorting, trained at TP2. Every seed has its own task, tokenizer and models; before and after are the same 512
+questions that no stage has seen. The controls are runs that must go wrong, and that `mslm diagnose` must name. In full
+it takes some 40 minutes on two cores; ``--quick`` is one seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from examples.sorting.task import write_task  # noqa: E402
+from examples.sorting.pipeline import LABELLED, Pipeline  # noqa: E402
+from megatron_slm.evaluate.statistics import Difference, paired_bootstrap  # noqa: E402
 
-RECIPES = ROOT / "examples" / "sorting"
-LABELLED = 256
-RESAMPLES = 2000
 CHANCE = 0.5
+PROXY_UP, TRUTH_FLAT = 0.1, 0.05
+"""A reward model is exploited where its number rises by so much (standard deviations of its pairs) and the truth by
+less than this."""
 
 
 @dataclass
-class Gain:
-    """One claim: per item what was right before and after, over all seeds, and the means of each seed."""
+class Paired:
+    """One comparison over the seeds: per item what was right before and after."""
 
     name: str
-    bar: float
-    """Of the mean after (accuracy) or of the difference (gain); which of both is ``of_difference``."""
-    of_difference: bool
-    before: list[float] = field(default_factory=list)
-    after: list[float] = field(default_factory=list)
-    by_seed: list[tuple[float, float]] = field(default_factory=list)
+    before: list[NDArray[np.float64]] = field(default_factory=list)
+    after: list[NDArray[np.float64]] = field(default_factory=list)
 
-    def add(self, before: list[float], after: list[float]) -> None:
-        """Take in a seed."""
-        self.before += before
-        self.after += after
-        self.by_seed.append((float(np.mean(before)), float(np.mean(after))))
+    def add(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> str:
+        """Take in a seed; returns a sentence about it."""
+        self.before.append(before)
+        self.after.append(after)
+        return f"{self.name}: {before.mean():.3f} -> {after.mean():.3f}"
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95 % of the paired difference, by bootstrap over the items of all seeds."""
-        difference = np.array(self.after) - np.array(self.before)
-        random = np.random.default_rng(0)
-        means = difference[random.integers(0, len(difference), (RESAMPLES, len(difference)))].mean(axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(low), float(high)
+    def pooled(self) -> Difference:
+        """Over the items of all seeds."""
+        return paired_bootstrap(np.concatenate(self.before), np.concatenate(self.after))
+
+    @property
+    def signs(self) -> list[float]:
+        """Of each seed, the gain."""
+        return [float(after.mean() - before.mean()) for before, after in zip(self.before, self.after, strict=True)]
+
+    def row(self) -> str:
+        """A line of the table."""
+        seeds = "  ".join(
+            f"{before.mean():.3f} -> {after.mean():.3f}" for before, after in zip(self.before, self.after, strict=True)
+        )
+        return (
+            f"{self.name:26} {seeds}   {self.pooled.difference:+.3f} [{self.pooled.low:+.3f}, {self.pooled.high:+.3f}]"
+        )
+
+
+@dataclass
+class Gain(Paired):
+    """A claim: ``bar`` is what must be reached on average, afterwards or (``of_difference``) as a difference."""
+
+    bar: float = 0.0
+    of_difference: bool = True
 
     @property
     def significant(self) -> bool:
         """The interval excludes 0 and every seed has gained."""
-        return self.interval[0] > 0.0 and all(after > before for before, after in self.by_seed)
+        return self.pooled.low > 0.0 and min(self.signs) > 0.0
 
     @property
     def reached(self) -> bool:
         """The bar is met on average over the seeds."""
-        before, after = np.mean(self.by_seed, axis=0)
-        return bool((after - before if self.of_difference else after) >= self.bar)
+        return (self.pooled.difference if self.of_difference else self.pooled.second) >= self.bar
+
+
+@dataclass
+class Control:
+    """A run that must go wrong: whether it did, by seed, and what `mslm diagnose` found."""
+
+    name: str
+    expected: frozenset[str]
+    reproduced: list[bool] = field(default_factory=list)
+    findings: list[list[str]] = field(default_factory=list)
+    evidence: list[str] = field(default_factory=list)
+
+    def add(self, reproduced: bool, findings: list[str], evidence: str) -> str:
+        """Take in a seed; returns a sentence about it."""
+        self.reproduced.append(reproduced)
+        self.findings.append(findings)
+        self.evidence.append(evidence)
+        return f"{self.name}: {evidence}; diagnose: {', '.join(findings) or 'nothing'}"
+
+    @property
+    def named(self) -> bool:
+        """Every seed has one of the expected findings."""
+        return all(self.expected & set(found) for found in self.findings)
 
     def row(self) -> str:
         """A line of the table."""
-        low, high = self.interval
-        seeds = "  ".join(f"{before:.3f} -> {after:.3f}" for before, after in self.by_seed)
-        what = "gain" if self.of_difference else "after"
-        return f"{self.name:28} {seeds}   [{low:+.3f}, {high:+.3f}]   {what} >= {self.bar}: {self.reached}"
+        return f"{self.name:26} {'  '.join(self.evidence)}   named: {self.findings}"
 
 
-class Pipeline:
-    """The stages of one seed, in a directory of their own."""
+@dataclass
+class Bench:
+    """All claims, and what was not to be lost."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.seed = directory, seed
-        directory.mkdir(parents=True)
-        write_task(directory / "data" / "sorting" / "task", seed)
-        self._compile()
-
-    def train(self, recipe: str, name: str, *overrides: str) -> str:
-        """Train a recipe as run ``name``; returns its directory."""
-        own = [f"name={name}", f"train.seed={self.seed}", "log.progress_bar=false", "log.tensorboard=false"]
-        self._mslm("train", str(RECIPES / f"{recipe}.yaml"), *own, *overrides)
-        return f"runs/{name}"
-
-    def answers(self, run: str) -> list[float]:
-        """1 for every question of the test set that the run answers rightly, greedily."""
-        out = self.directory / f"{Path(run).name}.json"
-        file = self.directory / "data" / "sorting" / "task" / "test.jsonl"
-        settings = ("--template", "raw", "--max-new-tokens", "12", "--batch-size", "256")
-        self._mslm("eval", run, "--task", str(file), *settings, "--out", str(out))
-        return [item["values"]["passed"] for item in json.loads(out.read_text())["tasks"][0]["items"]]
-
-    def preferences(self, run: str, key: str) -> list[float]:
-        """1 for every held-out pair of which the run's last validation (of its ``key``) prefers the right answer."""
-        found = json.loads((self.directory / run / "validation.jsonl").read_text().splitlines()[-1])
-        pairs = int(found["loss_tokens"])
-        right = round(found[key] * pairs)
-        return [1.0] * right + [0.0] * (pairs - right)
-
-    def _compile(self) -> None:
-        data = self.directory / "data" / "sorting"
-        chats = (data / "task" / "chat.jsonl").read_text().splitlines(keepends=True)
-        (data / "task" / "few.jsonl").write_text("".join(chats[:LABELLED]))
-        corpus = str(data / "corpus")
-        self._mslm(
-            "data",
-            "prepare",
-            str(data / "task" / "text.txt"),
-            "--output",
-            corpus,
-            "--vocab-size",
-            "280",
-            "--split",
-            "0",
-        )
-        shape = (
-            "--template",
-            "raw",
-            "--seq-length",
-            "64",
-            "--workers",
-            "1",
-            "--tokenizer-model",
-            f"{corpus}/tokenizer",
-        )
-        for kind, name in (("chat", "chat"), ("chat", "few"), ("preference", "preference"), ("prompt", "prompt")):
-            source = str(data / "task" / f"{name}.jsonl")
-            self._mslm("data", "examples", source, "--output", str(data / name), "--kind", kind, *shape)
-
-    def _mslm(self, *arguments: str) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "megatron_slm.cli", *arguments]
-        done = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(
-                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            )
+    gains: dict[str, Gain]
+    kept: Paired
+    healthy: list[str]
+    controls: dict[str, Control]
 
 
-def seed_of(gains: dict[str, Gain], pipeline: Pipeline, say: Any) -> None:
-    """Every stage of one seed."""
-    base = pipeline.train("sft", "sort-sft")
-    before = pipeline.answers(base)
-    say(f"sft: {np.mean(before):.3f} of the questions")
-
-    everything = "train.eval_iters=100"
-    for name, recipe, key in (
-        ("reward model", "reward", "accuracy"),
-        ("DPO, preferences", "dpo", "rewards/accuracies"),
-    ):
-        after = pipeline.preferences(pipeline.train(recipe, f"sort-{recipe}", everything), key)
-        gains[name].add([CHANCE] * len(after), after)
-        say(f"{name}: {gains[name].by_seed[-1]}")
-    gains["DPO, task"].add(before, pipeline.answers("runs/sort-dpo"))
-    say(f"DPO, task: {gains['DPO, task'].by_seed[-1]}")
-
-    grpo = pipeline.train("grpo", "sort-grpo")
-    gains["GRPO, task"].add(before, pipeline.answers(grpo))
-    say(f"grpo: {gains['GRPO, task'].by_seed[-1]}")
-
-    gains["PPO, task"].add(before, pipeline.answers(pipeline.train("ppo", "sort-ppo")))
-    say(f"ppo: {gains['PPO, task'].by_seed[-1]}")
-
-    student = (
-        "model.hidden_size=48",
-        "data.data_path=data/sorting/few",
-        "train.train_iters=200",
-        "train.micro_batch_size=16",
+def bench() -> Bench:
+    """What is claimed."""
+    gains = (
+        Gain("reward model", bar=0.93, of_difference=False),
+        Gain("DPO, preferences", bar=0.95, of_difference=False),
+        Gain("GRPO, task", bar=0.15),
+        Gain("PPO, task", bar=0.15),
+        Gain("distillation, task"),
     )
-    labels = pipeline.answers(pipeline.train("sft", "sort-labels", *student))
+    controls = (
+        Control("DPO alone", frozenset({"likelihood-displacement"})),
+        Control("GRPO at rate 1e-3", frozenset({"entropy-collapse", "zero-variance-groups", "divergence"})),
+        Control("PPO on a weak reward model", frozenset({"reward-hacking"})),
+    )
+    return Bench({gain.name: gain for gain in gains}, Paired("DPO, task"), [], {one.name: one for one in controls})
+
+
+def gains_of(found: Bench, pipeline: Pipeline, say: Callable[[str], None]) -> NDArray[np.float64]:
+    """Every stage of one seed; returns what the SFT model answers rightly."""
+    base = pipeline.train("sft", "sort-sft")
+    before, preferred = pipeline.answers(base), pipeline.preferences(base)
+    say(f"sft: {before.mean():.3f} of the questions")
+
+    ranked = pipeline.ranked(pipeline.train("reward", "sort-reward", "train.eval_iters=100"))
+    say(found.gains["reward model"].add(np.full(len(ranked), CHANCE), ranked))
+    dpo = pipeline.train("dpo", "sort-dpo")
+    say(found.gains["DPO, preferences"].add(preferred, pipeline.preferences(dpo)))
+    say(found.kept.add(before, pipeline.answers(dpo)))
+    for name, recipe in (("GRPO, task", "grpo"), ("PPO, task", "ppo")):
+        say(found.gains[name].add(before, pipeline.answers(pipeline.train(recipe, f"sort-{recipe}"))))
+    say(
+        f"ppo: KL of a sequence {mean(row['objective/kl'] for row in pipeline.metrics('runs/sort-ppo')[-20:]):.2f} nats"
+    )
+
+    pipeline.train("sft", "sort-teacher", "train.train_iters=600")
+    labels = pipeline.train(
+        "sft", "sort-labels", "model.hidden_size=48", "data.data_path=data/sorting/few", "train.train_iters=200"
+    )
     own = pipeline.answers(pipeline.train("distill", "sort-distill"))
-    gains["distillation, task"].add(labels, own)
-    say(f"distill: {gains['distillation, task'].by_seed[-1]}")
+    say(found.gains["distillation, task"].add(pipeline.answers(labels), own))
+
+    for run in ("sort-dpo", "sort-grpo", "sort-ppo"):
+        found.healthy += pipeline.findings(f"runs/{run}")
+    say(f"diagnose on the sound runs: {found.healthy or 'nothing'}")
+    return before
+
+
+def controls_of(
+    controls: dict[str, Control], pipeline: Pipeline, before: NDArray[np.float64], say: Callable[[str], None]
+) -> None:
+    """The three runs of one seed that must go wrong."""
+    alone = pipeline.train("dpo", "dpo-alone", "dpo.dpo_sft_weight=0")
+    fallen, found = pipeline.answers(alone), pipeline.findings(alone)
+    chosen = [row["logps/chosen_delta"] for row in pipeline.metrics(alone)[-20:]]
+    evidence = f"task {before.mean():.3f} -> {fallen.mean():.3f}, chosen answers {mean(chosen):+.2f} nats"
+    say(controls["DPO alone"].add(fallen.mean() < before.mean() and mean(chosen) < 0.0, found, evidence))
+
+    credit = "rollout.rewards=[exact_match=1, regex=0.2]"
+    fast = pipeline.train("grpo", "grpo-fast", "optimizer.lr=1e-3", credit, "train.train_iters=150")
+    fallen, found = pipeline.answers(fast), pipeline.findings(fast)
+    evidence = f"task {before.mean():.3f} -> {fallen.mean():.3f}"
+    say(controls["GRPO at rate 1e-3"].add(fallen.mean() < before.mean(), found, evidence))
+
+    weak = ("rollout.rewards=[]", "rollout.reward_model=runs/sort-reward", "rollout.watched=[exact_match]")
+    hacked = pipeline.train("ppo", "ppo-weak", *weak, "ppo.ppo_kl_coef=0.02", "optimizer.lr=5e-4")
+    found, rows = pipeline.findings(hacked), pipeline.metrics(hacked)
+    proxy, truth = (
+        (mean(row[key] for row in rows[:5]), mean(row[key] for row in rows[-20:]))
+        for key in ("reward", "rewards/exact_match/mean")
+    )
+    happened = proxy[1] - proxy[0] > PROXY_UP and truth[1] - truth[0] < TRUTH_FLAT
+    evidence = f"reward {proxy[0]:.2f} -> {proxy[1]:.2f}, truth {truth[0]:.3f} -> {truth[1]:.3f}"
+    say(controls["PPO on a weak reward model"].add(happened, found, evidence))
 
 
 def main() -> None:
@@ -190,34 +206,39 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=None, help="keep everything here (default: a temporary directory)")
     arguments = parser.parse_args()
-    gains = {
-        one.name: one
-        for one in (
-            Gain("reward model", 0.93, of_difference=False),
-            Gain("DPO, preferences", 0.95, of_difference=False),
-            Gain("DPO, task", 0.0, of_difference=True),
-            Gain("GRPO, task", 0.15, of_difference=True),
-            Gain("PPO, task", 0.15, of_difference=True),
-            Gain("distillation, task", 0.0, of_difference=True),
-        )
-    }
+    found = bench()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(1 if arguments.quick else arguments.seeds):
-            directory = (arguments.work or Path(temporary)) / f"seed-{seed}"
-            seed_of(gains, Pipeline(directory, seed), lambda text, seed=seed: print(f"seed {seed}: {text}", flush=True))
-    for gain in gains.values():
-        print(gain.row())
-    print(
-        json.dumps(
-            {
-                "benchmark": "alignment_gains",
-                "significant_share": sum(gain.significant for gain in gains.values()) / len(gains),
-                "reached_share": sum(gain.reached for gain in gains.values()) / len(gains),
-                "gains": {name: np.mean(gain.by_seed, axis=0).round(4).tolist() for name, gain in gains.items()},
-                "seeds": len(gains["GRPO, task"].by_seed),
-            }
-        )
-    )
+
+            def say(text: str, seed: int = seed) -> None:
+                print(f"[{time.monotonic() - started:5.0f} s] seed {seed}: {text}", flush=True)
+
+            pipeline = Pipeline((arguments.work or Path(temporary)) / f"seed-{seed}", seed)
+            pipeline.compile()
+            before = gains_of(found, pipeline, say)
+            controls_of(found.controls, pipeline, before, say)
+    for one in (*found.gains.values(), found.kept, *found.controls.values()):
+        print(one.row())
+    print(json.dumps(summary(found)))
+
+
+def summary(found: Bench) -> dict[str, Any]:
+    """The line of JSON."""
+    gains = found.gains.values()
+    return {
+        "benchmark": "alignment_gains",
+        "significant_share": sum(gain.significant for gain in gains) / len(gains),
+        "reached": {gain.name: gain.reached for gain in gains},
+        "gains": {gain.name: [round(gain.pooled.first, 4), round(gain.pooled.second, 4)] for gain in gains},
+        "dpo_task_low": round(found.kept.pooled.low, 4),
+        "dpo_task": [round(found.kept.pooled.first, 4), round(found.kept.pooled.second, 4)],
+        "controls_reproduced": {name: all(one.reproduced) for name, one in found.controls.items()},
+        "controls_named": {name: one.named for name, one in found.controls.items()},
+        "found_in_sound_runs": found.healthy,
+        "labelled": LABELLED,
+        "seeds": len(found.kept.before),
+    }
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""The stages of examples/sorting as a program runs them: in a directory of its own, with a task of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.sorting.task import write_task
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "examples" / "sorting"
+LABELLED = 256
+"""Of the chats, for a student that has few labels."""
+SHAPE = ("--template", "raw", "--seq-length", "64", "--workers", "1")
+ANSWERS = ("--template", "raw", "--max-new-tokens", "12", "--batch-size", "256")
+
+
+class Pipeline:
+    """One seed: its task, tokenizer, examples and runs.
+
+    Attributes:
+        directory: where the commands run.
+        tell: is told every command, as a user would type it.
+    """
+
+    def __init__(self, directory: Path, seed: int, tell: Callable[[str], Any] = lambda text: None) -> None:
+        """Begin with nothing."""
+        self.directory, self.seed, self.tell = directory, seed, tell
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def compile(self) -> None:
+        """Write the task, and make a tokenizer and examples of it."""
+        data = self.directory / "data" / "sorting"
+        write_task(data / "task", self.seed)
+        chats = (data / "task" / "chat.jsonl").read_text().splitlines(keepends=True)
+        (data / "task" / "few.jsonl").write_text("".join(chats[:LABELLED]))
+        text = ("data/sorting/task/text.txt", "--output", "data/sorting/corpus")
+        self._mslm("data", "prepare", *text, "--vocab-size", "280", "--split", "0")
+        shape = ("--tokenizer-model", "data/sorting/corpus/tokenizer", *SHAPE)
+        for kind, name in (("chat", "chat"), ("chat", "few"), ("preference", "preference"), ("prompt", "prompt")):
+            source = f"data/sorting/task/{name}.jsonl"
+            self._mslm("data", "examples", source, "--output", f"data/sorting/{name}", "--kind", kind, *shape)
+
+    def train(self, recipe: str, name: str, *overrides: str) -> str:
+        """Train a recipe as run ``name``; returns its directory."""
+        own = [f"name={name}", f"train.seed={self.seed}", "log.progress_bar=false", "log.tensorboard=false"]
+        self._mslm("train", str((RECIPES / f"{recipe}.yaml").relative_to(ROOT)), *own, *overrides)
+        return f"runs/{name}"
+
+    def answers(self, run: str) -> NDArray[np.float64]:
+        """1 for every question of the test set that the run answers rightly, greedily: [512]."""
+        return self._evaluated(run, "test", "passed", *ANSWERS)
+
+    def preferences(self, run: str) -> NDArray[np.float64]:
+        """1 for every pair of the test set of which the run finds the right answer likelier: [512]."""
+        return self._evaluated(run, "choices", "right_raw", "--template", "raw")
+
+    def ranked(self, run: str) -> NDArray[np.float64]:
+        """1 for every held-out pair of which a reward model's last validation puts the right answer first."""
+        found = json.loads((self.directory / run / "validation.jsonl").read_text().splitlines()[-1])
+        pairs = int(found["loss_tokens"])
+        right = round(found["accuracy"] * pairs)
+        return np.repeat([1.0, 0.0], [right, pairs - right])
+
+    def findings(self, run: str, *arguments: str) -> list[str]:
+        """Names of what ``mslm diagnose`` finds."""
+        found = self._mslm("diagnose", run, "--json", *arguments, codes=(0, 1))
+        return [finding["name"] for finding in json.loads(found)["findings"]]
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        """The run's records, step by step."""
+        return [json.loads(line) for line in (self.directory / run / "metrics.jsonl").read_text().splitlines()]
+
+    def _evaluated(self, run: str, task: str, value: str, *arguments: str) -> NDArray[np.float64]:
+        out = f"{Path(run).name}-{task}.json"
+        self._mslm("eval", run, "--task", f"data/sorting/task/{task}.jsonl", *arguments, "--out", out)
+        items = json.loads((self.directory / out).read_text())["tasks"][0]["items"]
+        return np.array([item["values"][value] for item in items])
+
+    def _mslm(self, *arguments: str, codes: tuple[int, ...] = (0,)) -> str:
+        self.tell(f"$ {shlex.join(('mslm', *arguments))}")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "megatron_slm.cli", *(str(_located(argument)) for argument in arguments)]
+        done = subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode not in codes:
+            said = done.stdout[-2000:] + done.stderr[-2000:]
+            raise SystemExit(f"mslm {shlex.join(arguments)} ended with {done.returncode}:\n{said}")
+        return done.stdout
+
+
+def _located(argument: str) -> str | Path:
+    """The recipes lie in the repository, everything else in the pipeline's directory."""
+    return ROOT / argument if argument.startswith("examples/sorting/") else argument
