@@ -89,7 +89,7 @@ class Maker:
             plan=self.plan,
             micro_batch_size=config.train.micro_batch_size,
             eod_id=self.loader_eod,
-            gap_limit=config.rollout.gap_limit(bf16=config.precision.bf16),
+            gap_limits=config.rollout.gap_limits(bf16=config.precision.bf16),
         )
         if self.reference is not None:
             add_live(self.reference, found.batches, self.plan)

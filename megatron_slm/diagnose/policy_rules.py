@@ -8,7 +8,7 @@ from typing import Any
 from megatron_slm.diagnose.finding import Finding
 from megatron_slm.diagnose.records import FEWEST_STEPS, Records, Series
 from megatron_slm.diagnose.robust import change, differences, median, rank_correlation
-from megatron_slm.rollout.config import GAP_BF16, GAP_EXACT
+from megatron_slm.rollout.config import BF16_LIMITS, FP32_LIMITS
 
 PROXY_GAIN, TRUTH_GAIN = 0.1, 0.02
 """Of rewards between 0 and 1, by quarters of a run: a reward model that was exploited rose by 0.31 while the truth
@@ -36,8 +36,6 @@ BEGINNING = 5
 """Steps that tell how a run began: rates far too high have done their work before the first quarter is over."""
 GAP_SHARE = 0.5
 """Of the largest difference that rounding explains: it grows by powers of two long before it stops the run."""
-GAP_MEAN = 0.02
-"""Mean of a token, nats: exp(0.02) is the 1.02 above which others call a run unhealthy."""
 UNSCORED = 0.05
 """Answers without a reward. They are left out, so what is trained on is no longer what was asked."""
 
@@ -273,7 +271,8 @@ def length_bias(records: Records) -> Finding | None:
 def generation_gap(records: Records) -> Finding | None:
     """Generation and training do not agree on the probability of the same token."""
     largest, mean = records.series("rollout/logp_diff_max"), records.series("rollout/logp_diff_mean")
-    limit = GAP_SHARE * (GAP_BF16 if records.setting("precision.bf16", False) else GAP_EXACT)
+    limits = BF16_LIMITS if records.setting("precision.bf16", False) else FP32_LIMITS
+    limit = GAP_SHARE * limits.largest
     evidence = []
     if largest.values and median(largest.tail(10).values) > limit:
         evidence.append(
@@ -281,8 +280,8 @@ def generation_gap(records: Records) -> Finding | None:
             f"{median(largest.tail(10).values):.3g} nats (rounding explains {limit / GAP_SHARE:g}); in the first "
             f"{median(largest.values[:10]):.3g}"
         )
-    if mean.values and median(mean.tail(10).values) > GAP_MEAN:
-        evidence.append(f"mean of a token {median(mean.tail(10).values):.3g} nats; {GAP_MEAN} is where others stop")
+    if mean.values and median(mean.tail(10).values) > GAP_SHARE * limits.mean:
+        evidence.append(f"mean of a token {median(mean.tail(10).values):.3g} nats; rounding explains {limits.mean:g}")
     stopped = [error for error in records.errors if "between generation and training" in error]
     evidence += [f"the run ended with: {error[:300]}" for error in stopped[-1:]]
     if not evidence:

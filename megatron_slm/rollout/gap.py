@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.errors import RolloutError
+from megatron_slm.rollout.config import GapLimits
 
 WORST_KEPT = 5
 
@@ -108,21 +109,25 @@ def _badness(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def require(gap: Gap, limit: float) -> None:
+def require(gap: Gap, limits: GapLimits) -> None:
     """Refuse a rollout whose gap is too large.
-
-    Args:
-        limit: of a token, in nats (``rollout.max_logprob_gap``).
 
     Raises:
         RolloutError: names value, limit and the worst sample.
     """
-    if gap.largest <= limit:  # false for NaN
+    if not gap.mean <= limits.mean and gap.largest <= limits.largest:
+        raise RolloutError(
+            f"The log-probabilities of {gap.tokens} tokens differ by {gap.mean:.3g} nats on average between generation "
+            f"and training, more than rollout.max_mean_logprob_gap={limits.mean:g} (largest {gap.largest:.3g}, of "
+            f"sample {gap.worst[0].sample}). Nothing was learned from them. Look for weights, a temperature or a kept "
+            "set that changed in between; if the number format explains it, raise rollout.max_mean_logprob_gap."
+        )
+    if gap.largest <= limits.largest:  # false for NaN
         return
     worst = ", ".join(f"{one.sample} ({one.largest:.3g})" for one in gap.worst)
     raise RolloutError(
         f"The log-probability of a token of sample {gap.worst[0].sample} differs by {gap.largest:.3g} nats between "
-        f"generation and training, more than rollout.max_logprob_gap={limit:g} (mean {gap.mean:.3g} over {gap.tokens} "
+        f"generation and training, more than rollout.max_logprob_gap={limits.largest:g} (mean {gap.mean:.3g} over {gap.tokens} "
         f"tokens; worst samples {worst}). Nothing was learned from it. Look for weights that changed in between; if "
         "the number format explains it, raise rollout.max_logprob_gap."
     )

@@ -22,6 +22,7 @@ from megatron_slm.parallel.groups import is_last_pipeline_rank
 from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.parallel.vocab_scores import LOGPROB
 from megatron_slm.rollout import gap
+from megatron_slm.rollout.config import GapLimits
 from megatron_slm.rollout.generate import complete
 from megatron_slm.rollout.sampling import Sampling
 from megatron_slm.rollout.score import scores
@@ -126,7 +127,7 @@ def experience(
     plan: StepPlan,
     micro_batch_size: int,
     eod_id: int,
-    gap_limit: float,
+    gap_limits: GapLimits,
 ) -> tuple[Experience, dict[str, float]]:
     """Sequences as micro-batches with the log-probabilities of the policy before it learns from them. Collective.
 
@@ -154,10 +155,10 @@ def experience(
             batch["old_logprobs"], batch["generation_logprobs"], batch["segments"], [drawn[at].sample for at in own]
         )
         for batch, own in zip(batches, laid.owners, strict=True)
-        if "old_logprobs" in batch
+        if "old_logprobs" in batch and plan.groups.tp.rank() == 0  # the others have the same
     ]
     whole = gap.joined(_of_everyone(measured))
-    gap.require(whole, gap_limit)
+    gap.require(whole, gap_limits)
     return Experience(drawn, judged, counts, batches, laid.owners, group_size), whole.metrics
 
 

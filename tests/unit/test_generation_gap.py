@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_slm.errors import RolloutError
-from megatron_slm.rollout.config import RolloutConfig
+from megatron_slm.rollout.config import GapLimits, RolloutConfig
 from megatron_slm.rollout.gap import Gap, joined, measure, require
 
 SEGMENTS = torch.tensor([[-1, 0, 0, -1, 1, 1], [2, 2, 2, 2, -1, -1]])
@@ -56,18 +56,27 @@ def test_parts_join_to_the_whole() -> None:
 
 def test_a_gap_above_the_limit_is_refused_with_value_limit_and_sample() -> None:
     gap = measured({(1, 2): 0.02})
-    require(gap, 0.021)
+    require(gap, GapLimits(0.021, 1.0))
     with pytest.raises(RolloutError, match=r"sample 12 differs by 0\.02 nats.*max_logprob_gap=0\.019"):
-        require(gap, 0.019)
+        require(gap, GapLimits(0.019, 1.0))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_refused(wrong: float) -> None:
     for gap in (measured({(0, 4): wrong}), joined([measured({}), measured({(0, 4): wrong})])):
         with pytest.raises(RolloutError, match="sample 11 differs"):
-            require(gap, 1e6)
+            require(gap, GapLimits(1e6, 1e6))
 
 
 def test_the_limit_follows_the_number_format() -> None:
-    assert RolloutConfig().gap_limit(bf16=False) < RolloutConfig().gap_limit(bf16=True)
-    assert RolloutConfig(max_logprob_gap=0.3).gap_limit(bf16=False) == 0.3
+    exact, rounded = (RolloutConfig().gap_limits(bf16=bf16) for bf16 in (False, True))
+    assert exact.largest < rounded.largest and exact.mean < rounded.mean
+    assert RolloutConfig(max_logprob_gap=0.3).gap_limits(bf16=False) == GapLimits(0.3, exact.mean)
+    assert RolloutConfig(max_mean_logprob_gap=0.3).gap_limits(bf16=False) == GapLimits(exact.largest, 0.3)
+
+
+def test_a_small_gap_of_every_token_is_refused_by_the_mean() -> None:
+    gap = measured({(0, 4): 0.002, (1, 2): 0.002})
+    require(gap, GapLimits(0.01, gap.mean))
+    with pytest.raises(RolloutError, match=r"on average.*max_mean_logprob_gap=0\.0001 \(largest 0\.002, of sample 1"):
+        require(gap, GapLimits(0.01, 1e-4))
