@@ -26,7 +26,7 @@ def measured(differences: dict[tuple[int, int], float]) -> Gap:
 def test_no_difference() -> None:
     gap = measured({})
     assert (gap.tokens, gap.mean, gap.largest, gap.sequence_ratio) == (8, 0.0, 0.0, 1.0)
-    require(gap, 1e-12)
+    require(gap, GapLimits(1e-12, 1e-12))
 
 
 def test_means_extremes_and_the_worst_sequences() -> None:
