@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/kjv/demo.py
 
 demo-align: $(STAMP)
-	$(BIN)/python examples/sorting/demo.py
+	$(BIN)/python -m examples.sorting.demo
 
 # One compute thread in each process: the tests run several ranks on one machine.
 test: lint

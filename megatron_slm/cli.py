@@ -24,6 +24,7 @@ from megatron_slm.commands import (
     memory,
     plan,
     replay,
+    teacher,
     training,
     verify,
 )
@@ -35,6 +36,7 @@ VERBS: Mapping[str, Verb] = {
     **generate.VERBS,
     **data.VERBS,
     **examples.VERBS,
+    **teacher.VERBS,
     **checkpoint.VERBS,
     **convert.VERBS,
     **verify.VERBS,

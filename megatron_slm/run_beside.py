@@ -29,6 +29,7 @@ from megatron_slm.stages.experience import Sampler
 from megatron_slm.stages.on_policy import micro_batches, numbered
 from megatron_slm.stages.reference import Frozen
 from megatron_slm.stages.sequences import Shape
+from megatron_slm.stages.stored_teacher import StoredTeacher
 from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.batch_size import global_batch_size_at
 from megatron_slm.train.step import StepInput
@@ -43,23 +44,35 @@ class Beside(NamedTuple):
     Attributes:
         pairs: what DPO compares with.
         teacher: of a distillation.
+        stored: what a teacher has said before, of a distillation.
         policy: answers and judges, of PPO and GRPO.
     """
 
     pairs: PairReference | None = None
     teacher: Frozen | None = None
+    stored: StoredTeacher | None = None
     policy: Policy | None = None
+
+    @property
+    def completes(self) -> PairReference | StoredTeacher | None:
+        """Adds fields to micro-batches on the host."""
+        return self.pairs or self.stored
 
 
 def beside_of(run: Run) -> Beside:
     """The other models that the stage needs, built and loaded. Collective."""
     config = run.resolved.config
+    if config.replay.batches_of is not None and (config.stage == "dpo" or config.distill.teacher_topk is not None):
+        return Beside()  # what they add to a micro-batch was kept with it
     match config.stage:
         case "dpo":
             build = partial(starting_model, run)
             return Beside(pairs=PairReference(config, run.data, run.plan, run.state.cursor, build, run.directory.path))
         case "distill" if config.distill.teacher_topk is None:
             return Beside(teacher=teacher_of(run))
+        case "distill":
+            sources = {"train": run.data.train, "valid": run.data.valid}
+            return Beside(stored=StoredTeacher(config.distill, sources, config.data.train_on))
         case "ppo" | "grpo":
             return Beside(policy=Policy(run, *judge_of(run)))
     return Beside()
@@ -72,8 +85,8 @@ def require_isolated_documents(run: Run, beside: Beside) -> None:
         ConfigError: on every rank; names the stage.
     """
     config, state = run.resolved.config, run.state
-    if not config.data.pack_rows or not isinstance(run.loader, RowLoader):
-        return
+    if not config.data.pack_rows or not isinstance(run.loader, RowLoader) or config.replay.batches_of is not None:
+        return  # kept batches were tried when they were recorded
     size = global_batch_size_at(state.cursor.consumed_samples, train=config.train)
     batch = pretrain.local_batch(next(run.loader.micro_batches(state.cursor, size)), run.plan)
     if beside.teacher is not None:
@@ -131,7 +144,7 @@ def _documents(loader: RowLoader, cursor: Cursor, size: int) -> Iterator[tuple[i
 
 
 def _inputs_of_data(run: Run, beside: Beside) -> Iterator[StepInput]:
-    complete = partial(_complete_pairs, beside.pairs, run.loader) if beside.pairs is not None else None
+    complete = partial(_complete, beside.completes, run.loader) if beside.completes is not None else None
     batch_size = partial(global_batch_size_at, train=run.resolved.config.train)
     for inputs in pretrain.step_inputs(run.loader, run.state, batch_size, run.plan, complete=complete):
         if beside.pairs is not None:
@@ -141,12 +154,12 @@ def _inputs_of_data(run: Run, beside: Beside) -> Iterator[StepInput]:
         yield inputs
 
 
-def _complete_pairs(
-    pairs: PairReference, loader: RowLoader | TrainLoader, batches: list[Batch], cursor: Cursor
+def _complete(
+    completes: PairReference | StoredTeacher, loader: RowLoader | TrainLoader, batches: list[Batch], cursor: Cursor
 ) -> None:
-    """Fields of the pairs in the whole micro-batches of the step that begins at ``cursor``."""
+    """Fields of the rows in the whole micro-batches of the step that begins at ``cursor``."""
     rows = [
         [cursor.order.sample_id(at) for at in loader.positions(number, cursor.consumed_samples)]
         for number in range(len(batches))
     ]
-    pairs.complete(batches, [[(one.source, one.index) for one in row] for row in rows])
+    completes.complete(batches, [[(one.source, one.index) for one in row] for row in rows])

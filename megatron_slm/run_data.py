@@ -232,8 +232,14 @@ def data_record(data: Data) -> dict[str, Any]:
         elif isinstance(samples, ReplayedSamples):
             record["sources"][name] = {"digest": samples.digest, "replayed_samples": samples.num_samples}
         else:
-            record["sources"][name] = {"digest": samples.digest, "samples": samples.num_samples}
+            record["sources"][name] = {"digest": samples.digest, "samples": samples.num_samples, **_place_of(samples)}
     return record
+
+
+def _place_of(rows: Any) -> dict[str, str]:
+    """Where rows or prompts lie, and the digest of what lies there."""
+    store = getattr(rows, "store", None) or rows.corpus
+    return {"directory": str(store.directory.parent.absolute()), "content": store.digest}
 
 
 def open_tokenizer(config: RunConfig, path: Path, corpora: Sequence[Any]) -> Tokenizer:

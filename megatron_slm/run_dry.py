@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_slm import run, run_model
+from megatron_slm import run, run_dry_stage, run_model
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
 from megatron_slm.memory.capacity import Surroundings
@@ -24,6 +24,7 @@ from megatron_slm.memory.ledger import Ledger
 from megatron_slm.memory.rank import RankTrace, trace_rank
 from megatron_slm.memory.roles import communicators, ledgers, roles
 from megatron_slm.model.core_config import transformer_config
+from megatron_slm.model.ending import Ending, Scalar
 from megatron_slm.parallel import declared
 from megatron_slm.parallel.declared_loss import use_loss
 from megatron_slm.parallel.declared_ops import GEMM_WORKSPACE_BYTES, Kernels
@@ -58,13 +59,14 @@ def job_ledgers(
     surroundings = surroundings_of(config, gpu, world) if for_gpu else None
     kernels = kernels_of(config, gpu)
     wanted: Iterable[int] | None = None if stage is None else [stage]
-    return ledgers(
+    found = ledgers(
         config,
         partial(job_trace, config, world_size=world, for_gpu=for_gpu, kernels=kernels),
         world_size=world,
         surroundings=surroundings,
         stages=wanted,
     )
+    return run_dry_stage.outside_the_step(config, found)
 
 
 def kernels_of(config: RunConfig, gpu: str | None) -> Kernels:
@@ -84,27 +86,33 @@ def job_trace(
     config: RunConfig, rank: int, *, world_size: int, for_gpu: bool, kernels: Kernels | None = None
 ) -> RankTrace:
     """The trace of one rank of the job; ``device.preload("cpu")`` comes before."""
+    build, vocab_size = build_declared if for_gpu else run_model.build_model, config.model.vocab_size or VOCAB_SIZE
+    later = config.stage != "pretrain"
     return trace_rank(
         config,
-        build_declared if for_gpu else run_model.build_model,
+        build,
         run.step_plan,
         rank=rank,
         world_size=world_size,
-        vocab_size=config.model.vocab_size or VOCAB_SIZE,
+        vocab_size=vocab_size,
         kernels=partial(declared.declared_kernels, kernels or kernels_of(config, None)) if for_gpu else nullcontext,
         temporary_bytes=None if for_gpu else gloo_temporary_bytes,
         notes_saved=not for_gpu,
+        beside=run_dry_stage.beside(config, build) if later else None,
+        fields=run_dry_stage.fields(config, vocab_size) if later else None,
     )
 
 
-def build_declared(config: RunConfig, groups: Any, device: torch.device, vocab_size: int) -> run_model.BuiltModel:
+def build_declared(
+    config: RunConfig, groups: Any, device: torch.device, vocab_size: int, ending: Ending | Scalar | None = None
+) -> run_model.BuiltModel:
     """``run_model.build_model`` as a GPU with Transformer Engine builds it; inside of ``declared.declared_kernels``."""
     # Core's deterministic attention asks the environment of a GPU, and its lookup by indexing is not declared.
     train = dataclasses.replace(config.train, deterministic=False)
     core = transformer_config(config.model, config.parallel, config.precision, train, device="cuda")
-    spec, norm = declared.declared_spec(config.model, config.data.reset_attention_mask)
+    spec, norm = declared.declared_spec(config.model, run_model.packs_documents(config))
     layers = run_model.Layers(core, spec, norm, "layers: Transformer Engine's, as they are declared")
-    built = run_model.assemble_model(config, groups, device, vocab_size, layers=layers)
+    built = run_model.assemble_model(config, groups, device, vocab_size, layers=layers, ending=ending)
     use_loss([unwrap(chunk) for chunk in built.chunks])
     return built
 
@@ -117,6 +125,11 @@ def surroundings_of(config: RunConfig, gpu: str | None, world_size: int) -> Surr
     """
     capacity = round(cluster_of(gpu).memory_bytes) if gpu is not None else None
     return Surroundings(capacity, communicators(config.parallel, world_size))
+
+
+def stage_notes(config: RunConfig) -> list[str]:
+    """What the ledgers of a stage count beside the trained model, and what they do not."""
+    return run_dry_stage.notes(config)
 
 
 def step_seconds(config: RunConfig, gpu: str) -> float:

@@ -15,7 +15,7 @@ from megatron_slm.data.examples.store import ExampleStore
 from megatron_slm.data.mixture import MixtureOrder, Source
 from megatron_slm.data.shares import configured_phases
 from megatron_slm.errors import DataError
-from megatron_slm.run_data import Data, data_seed, open_tokenizer, refuse_twins, source_paths
+from megatron_slm.run_data import Data, data_seed, kept_data, open_tokenizer, refuse_twins, source_paths
 
 PAIRS, PROMPTS = ("reward", "dpo"), ("ppo", "grpo")
 """Stages that read preferences, and those that read prompts."""
@@ -30,6 +30,8 @@ def open_examples(config: RunConfig, *, verify: bool = False) -> Data:
     Raises:
         DataError: something is missing, damaged, of the wrong kind or does not belong together.
     """
+    if config.replay.batches_of is not None:
+        return kept_data(config)
     paths, seed = source_paths(config), data_seed(config)
     train = {name: _open(config, path / "train", verify=verify) for name, path in paths.items()}
     held_out = paths if config.train.eval_iters else {}

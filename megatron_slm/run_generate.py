@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megatron_slm.config.load import load
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.tokenizer import Tokenizer, find_tokenizer
-from megatron_slm.errors import LaunchError
+from megatron_slm.errors import CheckpointError, LaunchError
 from megatron_slm.launch.port import reserve_port
 from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.config import ParallelConfig
@@ -225,7 +225,16 @@ def built_model(
     device: str,
     ema: bool,
 ) -> Iterator[Built]:
-    """This rank's part of the model of :func:`model_on_one_rank` under a layout. Collective."""
+    """This rank's part of the model of :func:`model_on_one_rank` under a layout. Collective.
+
+    Raises:
+        CheckpointError: as there, or it has no words.
+    """
+    if config.stage == "reward":
+        raise CheckpointError(
+            f"{source} is a reward model: it ends with a number and has no words. Name a model of another stage; its "
+            "accuracy on held-out pairs is in its run's log (train.eval_iters), and rollout.reward_model uses it."
+        )
     device_seam.preload(device)
     from megatron_slm.model.core_config import transformer_config
     from megatron_slm.model.gpt import build_chunks

@@ -17,6 +17,7 @@ from megatron_slm.run_data import Data
 from megatron_slm.run_policy import Policy
 from megatron_slm.run_reference import PairReference
 from megatron_slm.stages import pretrain
+from megatron_slm.stages.stored_teacher import StoredTeacher
 from megatron_slm.stages.teacher import add_hidden
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.metrics_writer import MetricsWriter
@@ -109,8 +110,8 @@ def measurement(
 
     def measure_one(state: TrainState, name: str, loader: ValidLoader | ValidRowLoader) -> HeldOut:
         steps = loader.steps(config.train.eval_iters, config.train.global_batch_size, multiple=multiple)
-        if beside.pairs is not None and isinstance(loader, ValidRowLoader):
-            steps = _completed(steps, name, loader, config, beside.pairs)
+        if beside.completes is not None and isinstance(loader, ValidRowLoader):
+            steps = _completed(steps, name, loader, config, beside.completes)
         on_device = (with_teacher([pretrain.local_batch(batch, plan) for batch in step]) for step in steps)
         return held_out(
             state.chunks,
@@ -126,14 +127,18 @@ def measurement(
 
 
 def _completed(
-    steps: Iterator[list[Batch]], name: str, loader: ValidRowLoader, config: RunConfig, pairs: PairReference
+    steps: Iterator[list[Batch]],
+    name: str,
+    loader: ValidRowLoader,
+    config: RunConfig,
+    completes: PairReference | StoredTeacher,
 ) -> Iterator[list[Batch]]:
-    """Held-out micro-batches of pairs of the source ``name``, with what the loss compares them with."""
+    """Held-out micro-batches of the source ``name``, with what the loss compares them with."""
     size = config.train.global_batch_size
     samples = loader.num_samples(config.train.eval_iters, size)
     for step, batches in enumerate(steps):
         positions = [loader.positions(number, step * size) for number in range(len(batches))]
-        pairs.complete(batches, [[(name, at) for at in each if at < samples] for each in positions], "valid")
+        completes.complete(batches, [[(name, at) for at in each if at < samples] for each in positions], "valid")
         yield batches
 
 

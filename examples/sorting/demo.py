@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from examples.sorting.pipeline import Pipeline  # noqa: E402
-from megatron_slm.evaluate.statistics import Difference, paired_bootstrap  # noqa: E402
+from examples.sorting.pipeline import ROOT, Pipeline
+from megatron_slm.evaluate.statistics import Difference, paired_bootstrap
 
 
 def main() -> None:

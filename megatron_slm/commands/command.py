@@ -17,6 +17,7 @@ from megatron_slm.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
+    from megatron_slm.config.run_config import RunConfig
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -61,7 +62,27 @@ def violations_of(resolved: Resolved, world_size: int | None, *, files: bool) ->
     from megatron_slm.config.rules import violations
 
     found = violations(resolved.config, world_size, provenance=resolved.provenance)
+    found += _reward_problems(resolved.config, files=files)
     return found + (missing_inputs(resolved.config, provenance=resolved.provenance) if files else [])
+
+
+def _reward_problems(config: RunConfig, *, files: bool) -> list[str]:
+    """Why the rewards of a run that learns from some cannot be what they are to be. No file of the user's is run."""
+    if config.stage not in ("ppo", "grpo") or not (config.rollout.rewards or config.rollout.watched):
+        return []
+    from megatron_slm.evaluate.rewards import parts_of
+
+    try:
+        parts = parts_of(config.rollout)
+    except ConfigError as error:
+        text = str(error)
+        return [text if text.startswith("rollout.") else f"rollout.rewards: {text}"]
+    named = [Path(part.verifier.rpartition(":")[0]) for part in parts if ":" in part.verifier]
+    return [
+        f"rollout.rewards names a function of {file}, and there is no such file. Check the path."
+        for file in dict.fromkeys(named)
+        if files and not file.is_file()
+    ]
 
 
 def accepted(tokens: Sequence[str], world_size: int | None) -> Resolved:

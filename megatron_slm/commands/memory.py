@@ -51,17 +51,16 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     if found := violations_of(resolved, None, files=False):
         raise ConfigError("\n".join(found))
     for_gpu = not own.cpu and config.parallel.device != "cpu"
-    if own.gpu is not None and not for_gpu:
-        raise ConfigError(f"--gpu {own.gpu} with CPU ranks (--cpu, parallel.device=cpu): leave one of them out.")
     if not for_gpu:
         require_engine(config.precision, "cpu")
-    _check_places(own.gpu, own.plot)
+    _check_places(own.gpu, own.plot, for_gpu=for_gpu)
     from megatron_slm.parallel.device import preload
 
     preload("cpu")
     from megatron_slm.memory import report
-    from megatron_slm.run_dry import job_ledgers, step_seconds
+    from megatron_slm.run_dry import job_ledgers, stage_notes, step_seconds
 
+    notes += stage_notes(config)
     ledgers = partial(job_ledgers, gpu=own.gpu, for_gpu=for_gpu)
     found_ledgers = ledgers(config, stage=own.stage)
     if own.json:
@@ -82,10 +81,12 @@ def memory(name: str, tokens: Sequence[str]) -> int:
     return EXIT_DOES_NOT_FIT if any(one.verdict == "does not fit" for one in found_ledgers) else EXIT_OK
 
 
-def _check_places(gpu: str | None, plot: Path | None) -> None:
-    """Refuse a GPU that is not known and a picture that cannot be written before anything is built."""
+def _check_places(gpu: str | None, plot: Path | None, *, for_gpu: bool) -> None:
+    """Refuse a GPU that is not known or meant, and a picture that cannot be written, before anything is built."""
     from megatron_slm.plan.cluster import ALIASES, CLUSTERS
 
+    if gpu is not None and not for_gpu:
+        raise ConfigError(f"--gpu {gpu} with CPU ranks (--cpu, parallel.device=cpu): leave one of them out.")
     if gpu is not None and ALIASES.get(gpu, gpu) not in CLUSTERS and not Path(gpu).is_file():
         names = ", ".join([*CLUSTERS, *ALIASES])
         raise ConfigError(f"--gpu {gpu}: it is not known, and no YAML file either. Known are {names}.")

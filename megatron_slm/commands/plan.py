@@ -156,6 +156,12 @@ def _question(own: argparse.Namespace, resolved: Resolved) -> tuple[Question, li
         size = max(1, round(TOKENS_OF_A_STEP / config.model.seq_length / cluster.gpus)) * cluster.gpus
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=size))
         notes.append(f"train.global_batch_size is not given: {size} is taken, a multiple of the GPUs near 4 Mi tokens.")
+    if config.stage != "pretrain":
+        notes.append(
+            f"stage = {config.stage}: seconds and memory are those of a training step of the trained model alone. What "
+            "the stage has beside it (rollouts, reference, critic, teacher, reward model) is in none of these figures; "
+            "mslm memory counts those models: check the layout with it."
+        )
     if config.precision.fp8 is not None:
         notes.append(
             f"products in FP8 are taken to reach {FP8_SHARE:g} times the share of their peak that bf16 reaches of its "

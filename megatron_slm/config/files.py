@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_slm.config import mixture_text
 from megatron_slm.config.facts import Facts
+from megatron_slm.config.files_stage import index_of, preparation, stage_inputs
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.errors import ConfigError
-
-_PREPARE = "mslm data prepare TEXT.jsonl --output {path}"
 
 
 def missing_inputs(config: RunConfig, *, provenance: Mapping[str, str] | None = None) -> list[str]:
@@ -25,7 +23,7 @@ def missing_inputs(config: RunConfig, *, provenance: Mapping[str, str] | None = 
     facts = Facts(config, 1, provenance or {})
     if config.replay.batches_of is not None:
         return [*_kept_batches(facts), *_tokenizer(facts), *_pretrained(facts)]
-    return [*_corpora(facts), *_tokenizer(facts), *_replayed(facts), *_pretrained(facts)]
+    return [*_corpora(facts), *stage_inputs(facts), *_tokenizer(facts), *_replayed(facts), *_pretrained(facts)]
 
 
 def _corpora(facts: Facts) -> Iterator[str]:
@@ -42,9 +40,12 @@ def _corpora(facts: Facts) -> Iterator[str]:
     elif data.data_path is not None:
         yield from _corpus(facts, data.data_path, "data.data_path")
     else:
+        text = facts.config.stage == "pretrain"
+        name, needs = ("corpus", "training needs a prepared corpus") if text else ("data", "the stage needs examples")
         yield (
-            "data.data_path is not set: training needs a prepared corpus. Make one with "
-            f"`{_PREPARE.format(path='corpus')}`, then add data.data_path=corpus; or name several with data.sources."
+            f"data.data_path is not set: {needs}. Make one with "
+            f"`{preparation(facts.config.stage).format(path=name)}`, then add data.data_path={name}; or name several "
+            "with data.sources."
         )
 
 
@@ -52,20 +53,18 @@ def _corpus(facts: Facts, path: str, key: str, source: str = "") -> Iterator[str
     """One prepared corpus; ``source`` says which of several it is."""
     directory = Path(path)
     cited = facts.cite(key) + source
+    remedy = f"`{preparation(facts.config.stage).format(path=path)}`"
     if not directory.is_dir():
-        yield f"{cited}: there is no such directory. Make it with `{_PREPARE.format(path=path)}`."
+        yield f"{cited}: there is no such directory. Make it with {remedy}."
         return
     index = directory / "train" / "index.json"
     if not index.is_file():
-        yield f"{cited} is no prepared corpus: {index} is missing. Make it again with `{_PREPARE.format(path=path)}`."
+        yield f"{cited} is no prepared corpus: {index} is missing. Make it again with {remedy}."
         return
     try:
         tokens = int(json.loads(index.read_text(encoding="utf-8"))["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield (
-            f"{cited} is damaged: {index} cannot be read ({error!r}). "
-            f"Make it again with `{_PREPARE.format(path=path)}`."
-        )
+        yield f"{cited} is damaged: {index} cannot be read ({error!r}). Make it again with {remedy}."
         return
     if tokens > (facts.config.model.vocab_size or tokens):
         yield (
@@ -77,7 +76,7 @@ def _corpus(facts: Facts, path: str, key: str, source: str = "") -> Iterator[str
 
 def _together(facts: Facts, paths: Mapping[str, str]) -> Iterator[str]:
     """Sources were made with one tokenizer, and hold different tokens."""
-    indices = {name: index for name, path in paths.items() if (index := _index(path)) is not None}
+    indices = {name: index for name, path in paths.items() if (index := index_of(path)) is not None}
     cited = facts.cite("data.sources")
     first = next(iter(indices), "")
     digests: dict[str, str] = {}
@@ -90,15 +89,6 @@ def _together(facts: Facts, paths: Mapping[str, str]) -> Iterator[str]:
         digest = index.get("digest")
         if digest is not None and (twin := digests.setdefault(str(digest), name)) != name:
             yield f"{cited}: {twin} and {name} hold the same tokens. Give them once, with both weights."
-
-
-def _index(path: str) -> dict[str, Any] | None:
-    """The index of a corpus's training split; None where it cannot be read, which ``_corpus`` says."""
-    try:
-        index = json.loads((Path(path) / "train" / "index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return index if isinstance(index, dict) else None
 
 
 def _tokenizer(facts: Facts) -> Iterator[str]:

@@ -73,6 +73,7 @@ def reference(facts: Facts) -> Iterator[str]:
     config, path = facts.config, "checkpoint.pretrained_checkpoint"
     compares = config.stage == "dpo" or (config.stage == "ppo" and config.ppo.ppo_kl_coef > 0)
     compares = compares or (config.stage == "grpo" and config.grpo.grpo_kl_beta > 0)
+    compares = compares and config.replay.batches_of is None  # what it said was kept with the batches
     if compares and config.checkpoint.pretrained_checkpoint is None:
         yield (
             f"{facts.cite('stage')} compares with the model it starts from, so set {path} to that model's run or "
@@ -113,10 +114,18 @@ def rollout_steps(facts: Facts) -> Iterator[str]:
 
 
 def teacher(facts: Facts) -> Iterator[str]:
-    """Distillation has a teacher, running or stored."""
-    own = facts.config.distill
-    if facts.config.stage == "distill" and own.distill_teacher is None and own.teacher_topk is None:
-        yield f"{facts.cite('stage')} needs a teacher: set distill.distill_teacher to its run or checkpoint."
+    """Distillation has a teacher, running or stored; a stored one has not read what the student draws."""
+    own, key, fraction = facts.config.distill, "distill.teacher_topk", "distill.distill_on_policy_fraction"
+    if facts.config.stage != "distill":
+        return
+    if own.distill_teacher is None:
+        way_out = "its run or checkpoint" if own.teacher_topk is None else "what `mslm data teacher` wrote"
+        yield f"{facts.cite('stage')} needs a teacher: set distill.distill_teacher to {way_out}."
+    if own.teacher_topk is not None and own.distill_on_policy_fraction > 0:
+        yield (
+            f"{facts.cite(key, fraction)}: a stored teacher has not read the answers that the student draws. Set "
+            f"{fraction}=0, or leave {key} out, so that the teacher runs."
+        )
 
 
 RULES = (curriculum, rollout_steps, teacher, own_section, options_of_the_stage, reference, whole_sequences)

@@ -31,8 +31,8 @@ def verifier_named(name: str) -> Verifier:
     if not path:
         names = [*known, OF_THE_ROW, REWARD_MODEL]
         nearest = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(names)}"
-        raise ConfigError(f"{name!r} is no verifier: {hint}. A function of your own is path/to/file.py:function.")
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(names)}."
+        raise ConfigError(f"{name!r} is no verifier: {hint} A function of your own is path/to/file.py:function.")
     return _function_of(Path(path), function)
 
 

@@ -41,8 +41,8 @@ class Reader(NamedTuple):
     """A model that reads.
 
     Attributes:
-        forward: micro-batches -> the output of each, [4, B, S] of ``ConfidentScores``, on the ranks that end the model;
-            empty elsewhere. Collective.
+        forward: micro-batches -> the output of each, [K, B, S] (of ``ConfidentScores`` for :meth:`read`), on the ranks
+            that end the model; empty elsewhere. Collective.
         multiple: a forward pass takes a multiple of so many micro-batches (the pipeline size, when interleaved).
         groups: of one model copy.
         seq_length: slots of a row; of a document too, at most.
@@ -60,30 +60,41 @@ class Reader(NamedTuple):
 
     def read(self, documents: Sequence[Document]) -> list[Scored]:
         """The scores of each document, on all ranks of the model. Collective."""
+        found = self.values(documents, (LOGPROB, CORRECT, CONFIDENCE))
+        return [Scored(*one.cpu().numpy()) for one in found]
+
+    def values(self, documents: Sequence[Document], which: Sequence[int]) -> list[Tensor]:
+        """What the model's ending gives at the labels of each document that count, on all ranks of it. Collective.
+
+        Args:
+            which: indices W into the first dimension of the ending's output.
+
+        Returns:
+            float64 [W, n] a document.
+        """
         counts = [int(np.count_nonzero(one.weights[1:])) for one in documents]
         # What has nothing that counts is not read: a text of one token has no label at all.
         asked = [at for at, count in enumerate(counts) if count]
         packing = best_fit_decreasing(np.array([documents[at].num_slots for at in asked], np.int64), self.seq_length)
         members = [[asked[at] for at in packing.row(number)] for number in range(packing.num_rows)]
         ends = np.cumsum([0, *counts])
-        found = torch.zeros(3, int(ends[-1]), dtype=torch.float64, device=self.device)
+        found = torch.zeros(len(which), int(ends[-1]), dtype=torch.float64, device=self.device)
         for rows, output in self._forward(documents, members):
             order = [at for row in rows for at in row]
             number, slot = places(documents, rows)
             values = output[:, number.to(self.device), slot.to(self.device)].double()
-            parts = values[[LOGPROB, CORRECT, CONFIDENCE]].split([counts[at] for at in order], dim=1)
+            parts = values[list(which)].split([counts[at] for at in order], dim=1)
             for at, part in zip(order, parts, strict=True):
                 found[:, ends[at] : ends[at + 1]] = part
         if self.groups.mp.size() > 1 and found.numel():
             speaker = (self.groups.pp.size() - 1) * self.groups.tp.size()
             dist.broadcast(found, group=self.groups.mp, group_src=speaker)
-        whole = found.cpu().numpy()
-        return [Scored(*whole[:, ends[at] : ends[at + 1]]) for at in range(len(documents))]
+        return list(found.split(counts, dim=1))
 
     def _forward(
         self, documents: Sequence[Document], members: list[list[int]]
     ) -> Iterator[tuple[list[list[int]], Tensor]]:
-        """The documents of each micro-batch and its scores [4, B, S], where the model ends; runs it everywhere."""
+        """The documents of each micro-batch and its output [K, B, S], where the model ends; runs it everywhere."""
         size = self.micro_batch_size
         parts = [members[first : first + size] for first in range(0, len(members), size)]
         parts += [[] for _ in range(-len(parts) % self.multiple)]

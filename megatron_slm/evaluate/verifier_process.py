@@ -50,10 +50,10 @@ def serve(fd: int, parent: int, names: list[str]) -> None:
     while True:
         try:
             asked: list[Asked] = connection.recv()
-        except EOFError:
+            for one in asked:
+                connection.send(_score(one, loaded))
+        except (EOFError, BrokenPipeError):  # who has asked has gone
             return
-        for one in asked:
-            connection.send(_score(one, loaded))
 
 
 def _score(asked: Asked, loaded: dict[str, Any]) -> Score:

@@ -6,7 +6,7 @@ workspaces). :mod:`megatron_slm.memory.replay` plays the schedule with what one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.memory.schedule import BACKWARD, FINISH, FORWARD, UPDATE
-from megatron_slm.memory.static import WORKSPACE, StaticPart, static_parts
+from megatron_slm.memory.static import OTHER_MODELS, WORKSPACE, StaticPart, static_parts
 from megatron_slm.memory.trace import COMMUNICATION, Block, Phase, Recorder, TemporaryBytes
 from megatron_slm.parallel import pipeline
 from megatron_slm.parallel.dry import dry_world
@@ -31,6 +31,10 @@ Build = Callable[[RunConfig, Any, torch.device, int], Any]
 """``run_model.build_model``: configuration, process groups, device, vocabulary -> chunks, optimizer."""
 Plan = Callable[[RunConfig, Any, torch.device], StepPlan]
 """``run.step_plan``."""
+BuildBeside = Callable[[RunConfig, Any, torch.device, int, list[nn.Module]], Any]
+"""The same of another model, given the chunks of the traced one -> what must be referred to as long as it is there."""
+Fields = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape, whole in S, and type of each tensor of a micro-batch."""
 
 
 @dataclass
@@ -79,6 +83,8 @@ def trace_rank(
     kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
     temporary_bytes: TemporaryBytes | None = None,
     notes_saved: bool = False,
+    beside: Mapping[str, BuildBeside] | None = None,
+    fields: Fields | None = None,
 ) -> RankTrace:
     """Play ``rank`` in the dry world. ``device.preload("cpu")`` comes before.
 
@@ -87,6 +93,8 @@ def trace_rank(
         temporary_bytes: what a collective's backend allocates for itself.
         notes_saved: fill ``Phase.packed``. Not with ``kernels``: torch hands a saved weight on as another object, and
             they look for ``main_grad`` on it.
+        beside: other models by name, built after the traced one; none of them is run.
+        fields: of a micro-batch; default those of pretraining.
     """
     with (
         dry_world(config.parallel, rank=rank, world_size=world_size) as groups,
@@ -104,7 +112,14 @@ def trace_rank(
             recorder.blocks,
             static_parts(built.chunks, built.optimizer, recorder),
         )
-        _record_step(trace, recorder, built, plan(config, groups, device), config)
+        kept = []  # as long as the step lasts
+        for name, build_other in (beside or {}).items():
+            before = recorder.alive()
+            kept.append(build_other(config, groups, device, vocab_size, built.chunks))
+            more = sorted(recorder.alive() - before)
+            trace.static += [StaticPart(number, 0, OTHER_MODELS, name, recorder.blocks[number].size) for number in more]
+        step = MicroBatch(built.chunks, plan(config, groups, device), config, recorder, fields or text_fields(config))
+        _record_step(trace, recorder, built, step)
     return trace
 
 
@@ -115,10 +130,16 @@ def module_names(chunks: list[Any]) -> dict[nn.Module, str]:
     }
 
 
-def _record_step(trace: RankTrace, recorder: Recorder, built: Any, plan: StepPlan, config: RunConfig) -> None:
+def text_fields(config: RunConfig) -> Fields:
+    """What a micro-batch of pretraining holds."""
+    shape = (config.train.micro_batch_size, config.model.seq_length)
+    whole = dict.fromkeys(("tokens", "labels", "position_ids"), (shape, torch.int64))
+    return {**whole, "loss_mask": (shape, torch.float32)}
+
+
+def _record_step(trace: RankTrace, recorder: Recorder, built: Any, step: MicroBatch) -> None:
     existing = recorder.alive()
     zero_gradients(built.chunks)
-    step = MicroBatch(built.chunks, plan, config, recorder)
     with _no_reduction(built.chunks):
         step.run({})
         trace.persistent = sorted(recorder.alive() - existing - step.outside)
@@ -171,8 +192,11 @@ class MicroBatch:
         frees_outputs: an output's memory is given back once it is sent.
     """
 
-    def __init__(self, chunks: list[Any], plan: StepPlan, config: RunConfig, recorder: Recorder) -> None:
+    def __init__(
+        self, chunks: list[Any], plan: StepPlan, config: RunConfig, recorder: Recorder, fields: Fields
+    ) -> None:
         self._chunks, self._plan, self._config, self._recorder = chunks, plan, config, recorder
+        self._fields = fields
         self.outside: set[int] = set()
         self.batch: list[int] = []
         self.exchanged: int | None = None
@@ -222,9 +246,10 @@ class MicroBatch:
             self._recorder.blocks[number].kind = kind
 
     def _batch(self) -> Batch:
-        size, length = self._config.train.micro_batch_size, self._config.model.seq_length
-        batch = {name: torch.zeros(size, length, dtype=torch.int64) for name in ("tokens", "labels", "position_ids")}
-        batch["loss_mask"] = torch.ones(size, length)
+        batch = {
+            name: (torch.ones if name == "loss_mask" else torch.zeros)(shape, dtype=dtype)
+            for name, (shape, dtype) in self._fields.items()
+        }
         return pretrain.local_batch(batch, self._plan)
 
     def _hidden(self) -> Tensor:

@@ -16,25 +16,29 @@ COLUMNS = {
     "parameters": ("parameters",),
     "gradients": ("gradients",),
     "optimizer": ("master weights", "moments"),
+    "other models": ("other models",),
     "activations": ("activations",),
     "logits, loss": ("logits and loss",),
     "weight copies": ("weight copies",),
-    "temporary": ("recompute", "communication buffers", "workspace"),
+    "temporary": ("recompute", "communication buffers", "workspace", "rollout"),
     "beside torch": ("allocator rounding", "fragmentation", "NCCL", "CUDA context"),
 }
 """Column of a table -> kinds of rows."""
+SELDOM = ("other models",)
+"""Columns that are left out where all is 0."""
 
 BAR_WIDTH = 64
-BAR_LETTERS = "PGOALCT."
+BAR_LETTERS = "PGOMALCT."
 """One letter for each of ``COLUMNS`` in a bar."""
 
 
 def table(found: Sequence[Ledger]) -> str:
     """One line for each run of pipeline stages that hold the same, in GiB at the worst moment."""
-    head = f"{'pipeline stage':<15}" + "".join(f"{name:>14}" for name in COLUMNS)
+    shown = _shown(found)
+    head = f"{'pipeline stage':<15}" + "".join(f"{name:>14}" for name in shown)
     lines = [head + f"{'total':>9}  {'low - high':>16}  verdict"]
     for label, one in _grouped(found):
-        cells = "".join(f"{gib(size):>14}" for size in columns(one).values())
+        cells = "".join(f"{gib(size):>14}" for name, size in columns(one).items() if name in shown)
         band = f"{gib(one.low)} - {gib(one.high)}"
         lines.append(f"{label:<15}{cells}{gib(one.size):>9}  {band:>16}  {one.verdict}".rstrip())
     return "\n".join(lines)
@@ -42,10 +46,12 @@ def table(found: Sequence[Ledger]) -> str:
 
 def bars(found: Sequence[Ledger]) -> str:
     """A stacked bar for each run of alike pipeline stages, up to the capacity where it is known."""
+    shown = _shown(found)
     capacity = next((one.surroundings.capacity_bytes for one in found if one.surroundings), None)
     full = max([one.high for one in found] + [capacity or 0]) or 1
     lines = [
-        "  ".join(f"{letter} {name}" for letter, name in zip(BAR_LETTERS, COLUMNS, strict=True)) + "  | capacity",
+        "  ".join(f"{letter} {name}" for letter, name in zip(BAR_LETTERS, COLUMNS, strict=True) if name in shown)
+        + "  | capacity",
     ]
     for label, one in _grouped(found):
         bar = ""
@@ -63,14 +69,14 @@ def bars(found: Sequence[Ledger]) -> str:
 
 def layers(one: Ledger) -> str:
     """What each layer of a rank holds, in MiB."""
-    names = list(dict.fromkeys(row.layer for row in one.rows))
+    names, shown = list(dict.fromkeys(row.layer for row in one.rows)), _shown([one])
     sizes: Counter[tuple[str, str]] = Counter()
     for row in one.rows:
         column = next((name for name, kinds in COLUMNS.items() if row.kind in kinds), "temporary")
         sizes[row.layer, column] += row.size
-    lines = [f"{'rank ' + str(one.rank):<22}" + "".join(f"{name:>14}" for name in COLUMNS) + f"{'MiB':>10}"]
+    lines = [f"{'rank ' + str(one.rank):<22}" + "".join(f"{name:>14}" for name in shown) + f"{'MiB':>10}"]
     for name in sorted(names, key=_layer_order):
-        cells = [sizes[name, column] / 2**20 for column in COLUMNS]
+        cells = [sizes[name, column] / 2**20 for column in shown]
         text = "".join(f"{cell:>14,.1f}" for cell in cells)
         lines.append(f"{name or '(no layer)':<22}{text}{sum(cells):>10,.1f}")
     return "\n".join(lines)
@@ -158,6 +164,11 @@ def columns(one: Ledger) -> dict[str, int]:
     """Bytes of each of ``COLUMNS``."""
     kinds = one.by_kind()
     return {name: sum(kinds.get(kind, 0) for kind in members) for name, members in COLUMNS.items()}
+
+
+def _shown(found: Sequence[Ledger]) -> list[str]:
+    """Columns that a table of these ledgers has."""
+    return [name for name in COLUMNS if name not in SELDOM or any(columns(one)[name] for one in found)]
 
 
 def _grouped(found: Sequence[Ledger]) -> Iterator[tuple[str, Ledger]]:

@@ -18,6 +18,8 @@ PARAMETERS, GRADIENTS, MASTERS, MOMENTS, WORKSPACE = (
     "workspace",
 )
 PADDING = "padding"
+OTHER_MODELS = "other models"
+"""Critic, reference, teacher and reward model; the module of such a part is the model's name."""
 
 
 class StaticPart(NamedTuple):

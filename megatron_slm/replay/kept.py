@@ -11,13 +11,26 @@ from typing import Any
 
 from megatron_slm.config import mixture_text
 from megatron_slm.config.load import Resolved
+from megatron_slm.config.run_config import STAGES
 from megatron_slm.errors import ReplayError
 from megatron_slm.replay.capsule import Capsule
 from megatron_slm.train.config import CheckpointConfig
 
 FOLDER = "batches"
 TOKENIZER = "tokenizer"
-PRETRAIN = "pretrain"
+READ = dict.fromkeys(STAGES, "from its examples") | {"pretrain": "from the corpora"}
+"""Where a stage's batches come from while its data are there, in words."""
+DRAWING = ("ppo", "grpo")
+"""Stages whose batches are drawn: what a step leaves in the rollout and the critic is not in its batch."""
+_DRAWN = (
+    "--kept-batches: {name} is of the stage {stage}, whose steps train on answers that a checkpoint holds or a policy "
+    "draws. Leave it out: prompts and models are read again, and the same answers are drawn. In replay/batches are the "
+    "micro-batches of the policy's updates, to be looked at with torch.load."
+)
+_OLDER = (
+    "--kept-batches: {name} (stage {stage}) was recorded by an older version, which did not note where its examples "
+    "lay. Leave it out, or record the run again."
+)
 
 
 def batch_path(folder: Path, rank: int, step: int) -> Path:
@@ -43,18 +56,19 @@ def with_inputs(
         ReplayError: neither is there; names what is missing of each, and the way out.
     """
     config, manifest = resolved.config, recording.manifest(steps[-1])
-    if config.stage != PRETRAIN:  # its examples are not named by a corpus's digest, and are read as configured
+    sources = manifest["data"]["sources"]
+    if config.stage in DRAWING or not _placed(sources):  # an older version noted no place of examples
         if kept:
-            raise ReplayError(f"--kept-batches is for pretraining; {config.name} is of the stage {config.stage}.")
-        return resolved, "from its examples"
+            why = _DRAWN if config.stage in DRAWING else _OLDER
+            raise ReplayError(why.format(name=config.name, stage=config.stage))
+        return resolved, READ[config.stage]
     tokenizer = dataclasses.replace(
         config.tokenizer, tokenizer_model=kept_tokenizer(recording.folder) or config.tokenizer.tokenizer_model
     )
     resolved = _with(resolved, tokenizer=tokenizer, checkpoint=_origin(config.checkpoint, first=steps[0] == 1))
-    sources = manifest["data"]["sources"]
     missing = ["--kept-batches: the corpora are not read"] if kept else corpora_missing(sources, config.data.replay_run)
     if not missing:
-        return _located(resolved, sources), "from the corpora"
+        return _located(resolved, sources), READ[config.stage]
     gone = batches_missing(recording, steps)
     if "cursor" not in manifest or kept_tokenizer(recording.folder) is None:
         gone.append(f"{recording.folder} was recorded by an older version, which kept no tokenizer and no cursor")
@@ -79,7 +93,7 @@ def from_corpora(resolved: Resolved, sources: Mapping[str, Any]) -> Resolved:
     Raises:
         ReplayError: names what is not there any more as it was.
     """
-    if resolved.config.stage != PRETRAIN:
+    if not _placed(sources):
         return resolved
     if missing := corpora_missing(sources, resolved.config.data.replay_run):
         raise ReplayError(
@@ -92,6 +106,11 @@ def from_corpora(resolved: Resolved, sources: Mapping[str, Any]) -> Resolved:
             )
         )
     return _located(resolved, sources)
+
+
+def _placed(sources: Mapping[str, Any]) -> bool:
+    """Whether a record says where each source lies."""
+    return all("directory" in record or name == mixture_text.REPLAY for name, record in sources.items())
 
 
 def kept_tokenizer(folder: Path) -> str | None:
@@ -125,7 +144,7 @@ def corpora_missing(sources: Mapping[str, Any], replay_run: str | None) -> list[
         except (OSError, ValueError, KeyError, TypeError):
             found.append(f"corpus {name}: {record['directory']} is gone or damaged")
             continue
-        if digest != record["digest"]:
+        if digest != record.get("content", record["digest"]):
             found.append(f"corpus {name}: {record['directory']} holds other tokens than were recorded")
     return found
 

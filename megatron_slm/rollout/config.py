@@ -16,8 +16,8 @@ class GapLimits(NamedTuple):
 
 
 FP32_LIMITS, BF16_LIMITS = GapLimits(1e-2, 1e-5), GapLimits(0.5, 0.02)
-"""What rounding explains. In fp32 tokens are 2e-7 apart on average, and some are badly conditioned: 1.4e-4 was seen in a
-small model, whose training forward was itself 3e-5 from float64."""
+"""What rounding explains. In fp32 tokens are 2e-7 apart on average, and some are badly conditioned: 1.4e-4 was seen in
+a small model, whose training forward was itself 3e-5 from float64."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,7 @@ def require(gap: Gap, limits: GapLimits) -> None:
     worst = ", ".join(f"{one.sample} ({one.largest:.3g})" for one in gap.worst)
     raise RolloutError(
         f"The log-probability of a token of sample {gap.worst[0].sample} differs by {gap.largest:.3g} nats between "
-        f"generation and training, more than rollout.max_logprob_gap={limits.largest:g} (mean {gap.mean:.3g} over {gap.tokens} "
-        f"tokens; worst samples {worst}). Nothing was learned from it. Look for weights that changed in between; if "
-        "the number format explains it, raise rollout.max_logprob_gap."
+        f"generation and training, more than rollout.max_logprob_gap={limits.largest:g} (mean {gap.mean:.3g} over "
+        f"{gap.tokens} tokens; worst samples {worst}). Nothing was learned from it. Look for weights that changed in "
+        "between; if the number format explains it, raise rollout.max_logprob_gap."
     )

@@ -242,7 +242,11 @@ class DistillConfig:
         minimum=0.0,
         maximum=1.0,
     )
-    distill_teacher: str | None = option(None, "run or checkpoint of the teacher: the same tokenizer, any size")
+    distill_teacher: str | None = option(
+        None,
+        "run or checkpoint of the teacher: the same tokenizer, any size; with teacher_topk the directory that `mslm "
+        "data teacher` wrote",
+    )
     distill_temperature: float = option(1.0, "divides the logits of both", above=0.0)
     distill_on_policy_fraction: float = option(
         0.0, "share of the samples that the student draws itself", minimum=0.0, maximum=1.0
@@ -251,7 +255,7 @@ class DistillConfig:
         0.0, "share of the labels' cross-entropy in the loss; the divergence has the rest", minimum=0.0, maximum=1.0
     )
     teacher_topk: int | None = option(
-        None, "most probable tokens of the teacher that are stored and compared; default the teacher runs", minimum=1
+        None, "most probable tokens of a stored teacher that are compared; default the teacher runs", minimum=1
     )
     teacher_tail: str = option(
         "bucket",

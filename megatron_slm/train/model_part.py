@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
 from megatron_slm.parallel.gradients import unwrap
@@ -42,7 +42,14 @@ class ModelPart:
         load_optimizer_state(self.optimizer, self.chunks, {"shards": loaded["shards"], "step": loaded["step"]})
 
     def _named(self, entries: dict[str, Any]) -> dict[str, Any]:
-        return {key: under_prefix(entry, f"{self.name}.") for key, entry in entries.items()}
+        return {key: _under(entry, f"{self.name}.") for key, entry in entries.items()}
+
+
+def _under(entry: Any, prefix: str) -> Any:
+    """The entry under another key. Objects too: where two models share a key, neither can be read alone."""
+    if isinstance(entry, ShardedObject):
+        return replace(entry, key=prefix + entry.key)
+    return under_prefix(entry, prefix)
 
 
 def _with_room(entry: Any) -> Any:

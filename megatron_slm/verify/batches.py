@@ -17,6 +17,7 @@ from megatron_slm.data.batch import Batch, build_samples
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.data.order import SampleOrder
+from megatron_slm.stages import made_up
 from megatron_slm.verify.setting import VOCAB_SIZE
 
 EOD = 0
@@ -34,6 +35,8 @@ def micro_batches(config: RunConfig, step: int, *, dp_rank: int, dp_size: int) -
 
 
 def _micro_batch(config: RunConfig, step: int, number: int) -> Batch:
+    if config.stage != "pretrain":
+        return _of_examples(config, step, number)
     size, length = config.train.micro_batch_size, config.model.seq_length
     rows, kept = [], []
     for index in range(number * size, (number + 1) * size):
@@ -53,6 +56,14 @@ def _micro_batch(config: RunConfig, step: int, number: int) -> Batch:
     )
     batch["loss_mask"].mul_(torch.from_numpy(np.stack(kept)))
     return batch
+
+
+def _of_examples(config: RunConfig, step: int, number: int) -> Batch:
+    """The same of a stage after pretraining: whole documents with what its loss reads of each label."""
+    size, batches = config.train.micro_batch_size, config.train.global_batch_size // config.train.micro_batch_size
+    rows = [_generator(config.train.seed, step, index) for index in range(number * size, (number + 1) * size)]
+    vocab_size = config.model.vocab_size or VOCAB_SIZE
+    return made_up.micro_batch(config, rows, vocab_size, masked=number == 1 and batches > 2)
 
 
 def _kept_share(config: RunConfig, number: int, index: int, random: np.random.Generator) -> float:

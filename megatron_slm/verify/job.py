@@ -18,12 +18,13 @@ from torch import Tensor
 
 from megatron_slm import run, run_model
 from megatron_slm.config.run_config import RunConfig
-from megatron_slm.parallel.gradients import gathered_parameters
+from megatron_slm.model.ending import TokenDivergence
+from megatron_slm.parallel.gradients import gathered_parameters, unwrap
 from megatron_slm.parallel.layout import Layout
 from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.replay.shards import Shard, gradient_shards, local_shards, master_shards
 from megatron_slm.replay.watch import Place, Watch, Watched
-from megatron_slm.stages import pretrain
+from megatron_slm.stages import made_up, pretrain
 from megatron_slm.train import checkpoint
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.hook import Hook, StepResult
@@ -43,7 +44,7 @@ class StepNumbers:
     """What the loop would log of one step; equal on every rank."""
 
     means: dict[str, float]
-    """"lm loss" and what else the stage logs."""
+    """The loss by its name, and what else the stage logs."""
     tokens: int
     grad_norm: float
 
@@ -101,6 +102,7 @@ class Bench:
         """Model and optimizer as a run of ``config`` builds them, with a fixed learning rate."""
         device = torch.device("cpu")
         model = run_model.build_model(config, groups, device, config.model.vocab_size or setting.VOCAB_SIZE)
+        give_teacher(model.chunks, groups)
         state = TrainState(model.chunks, model.optimizer, model.random, start_cursor(config))
         rate = config.optimizer.lr or FALLBACK_RATE
         plan = run.step_plan(config, groups, device)
@@ -126,7 +128,7 @@ class Bench:
         local = [pretrain.local_batch(batch, self.plan) for batch in (batches[::-1] if reverse else batches)]
         inputs = StepInput(local, self.state.cursor.advance(self.config.train.global_batch_size))
         result: StepResult = train_step(self.state, self.plan, lambda: inputs, Guard(self.config.train), hooks).result
-        return StepNumbers({"lm loss": result.loss, **result.extra}, result.num_tokens, result.grad_norm)
+        return StepNumbers({self.plan.logged[0]: result.loss, **result.extra}, result.num_tokens, result.grad_norm)
 
     def tensors(self) -> Tensors:
         """Weights and optimizer as they stand."""
@@ -137,6 +139,17 @@ class Bench:
                 master_shards(chunks, optimizer, lambda master, state: master.tensor),
                 {name: master_shards(chunks, optimizer, lambda _, state: state.get(name)) for name in MOMENTS},  # noqa: B023
             )
+
+
+def give_teacher(chunks: list[Any], groups: Any) -> None:
+    """Put a made-up output matrix where a distillation's ending expects that of a running teacher."""
+    model = unwrap(chunks[-1])
+    if isinstance(ending := getattr(model, "ending", None), TokenDivergence):
+        weight = model.output_layer.weight if hasattr(model, "output_layer") else None
+        if weight is None or not weight.numel():  # tied to the embedding
+            weight = model.shared_embedding_or_output_weight()
+        rows = made_up.teacher_rows(groups.tp.rank() * len(weight), len(weight)).to(weight.dtype)
+        model.ending = replace(ending, teacher_weight=lambda: rows)
 
 
 def outcome(

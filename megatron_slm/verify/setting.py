@@ -16,6 +16,9 @@ TIMEOUT_MINUTES = 3.0
 MICRO_BATCHES = 4
 """At least; two a replica, and two for each of two pipeline stages."""
 
+HEAD_DEVIATION = 0.02
+"""Of a reward model's head where the configuration begins with zeros."""
+
 VOCAB_SIZE = 500
 """Where the configuration leaves it to the tokenizer. No multiple of 128: padding rows must stay out of the loss."""
 
@@ -48,7 +51,9 @@ def compared(config: RunConfig, *, exact: bool) -> RunConfig:
         spike_policy="off",
         global_batch_size=_with_micro_batches(config.train),
     )
-    return replace(config, model=model, parallel=parallel, precision=precision, train=train)
+    # A head of zeros would hand no gradient to the model below it.
+    reward = replace(config.reward, reward_head_init_std=config.reward.reward_head_init_std or HEAD_DEVIATION)
+    return replace(config, model=model, parallel=parallel, precision=precision, train=train, reward=reward)
 
 
 def _with_micro_batches(train: TrainConfig) -> int:

@@ -26,6 +26,15 @@ NOTES = (
     "every weight by one unit in the last place and to reverse the micro-batches.",
 )
 
+_ANSWERS = "mslm generate and rollout/logp_diff_max of a run say whether generation agrees with training"
+UNCOMPARED = {
+    "dpo": "The reference's log-probabilities are made up: the reference model is not run.",
+    "ppo": f"The policy's update is compared. Rollouts, reference, reward model and critic are not run; {_ANSWERS}.",
+    "grpo": f"The policy's update is compared. Rollouts, reference and reward model are not run; {_ANSWERS}.",
+    "distill": "What the teacher says is made up: the teacher is not run, and the student draws nothing.",
+}
+"""What of a stage is not part of the comparison."""
+
 
 def verify(
     config: RunConfig, *, ranks: int = 4, plant: Plant | None = None, say: Callable[[str], None] = lambda line: None
@@ -69,9 +78,10 @@ def verify_runs(
     with tempfile.TemporaryDirectory(prefix="mslm-verify-") as directory:
         jobs = Jobs(Path(directory), plant)
         reports = [_verified(run, jobs, say) for run in runs]
+    notes = [*NOTES, *[UNCOMPARED[run.stage] for run in runs[:1] if run.stage in UNCOMPARED]]
     largest = max(map(setting.world_size, runs))
     title = f"{len(runs)} run{'s' * (len(runs) > 1)} of at most {largest} ranks, each against one rank"
-    return Report(title, reports, notes=list(NOTES), seconds=time.monotonic() - started)
+    return Report(title, reports, notes=notes, seconds=time.monotonic() - started)
 
 
 def described(run: RunConfig) -> str:

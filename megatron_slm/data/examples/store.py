@@ -90,8 +90,8 @@ class ExampleStore:
         root = Path(directory)
         index = _read_index(root / INDEX_NAME)
         try:
-            documents = _map(root / DOCUMENTS_NAME, index["documents"], DOCUMENT_COLUMNS, verify)
-            shards = [_columns(_map(root / one["file"], one, STREAM_COLUMNS, verify)) for one in index["shards"]]
+            documents = map_batch(root / DOCUMENTS_NAME, index["documents"], DOCUMENT_COLUMNS, verify)
+            shards = [_columns(map_batch(root / one["file"], one, STREAM_COLUMNS, verify)) for one in index["shards"]]
             store = ExampleStore(root, index, documents, shards)
         except (KeyError, TypeError) as error:
             raise DataError(
@@ -188,24 +188,34 @@ def _read_index(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _map(path: Path, facts: dict[str, Any], columns: tuple[str, ...], verify: str) -> Any:
-    """The one record batch of ``path``, as a view of the file."""
+def map_batch(path: Path, facts: dict[str, Any], columns: tuple[str, ...], verify: str, remedy: str = REMEDY) -> Any:
+    """The one record batch of ``path``, as a view of the file.
+
+    Args:
+        facts: its ``bytes`` and ``sha256``.
+        columns: that it must have.
+        verify: of :meth:`ExampleStore.open`.
+        remedy: what a refusal advises.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     try:
         num_bytes = path.stat().st_size
         if num_bytes != facts["bytes"]:
-            raise DataError(f"{path} has {num_bytes} bytes, but the index promises {facts['bytes']}. {REMEDY}")
+            raise DataError(f"{path} has {num_bytes} bytes, but the index promises {facts['bytes']}. {remedy}")
         if verify == "hash" and (found := file_sha256(path)) != facts["sha256"]:
-            raise DataError(f"{path} is damaged: sha256 {found}, but the index promises {facts['sha256']}. {REMEDY}")
+            raise DataError(f"{path} is damaged: sha256 {found}, but the index promises {facts['sha256']}. {remedy}")
         with pa.memory_map(str(path), "r") as source:
             batch = pa.ipc.open_file(source).get_batch(0)
     except FileNotFoundError as error:
-        raise DataError(f"The file {path} is missing. {REMEDY}") from error
+        raise DataError(f"The file {path} is missing. {remedy}") from error
     except OSError as error:
-        raise DataError(f"Cannot map {path}: {error}. {REMEDY}") from error
+        raise DataError(f"Cannot map {path}: {error}. {remedy}") from error
     except pa.ArrowException as error:
-        raise DataError(f"{path} is damaged: {error}. {REMEDY}") from error
+        raise DataError(f"{path} is damaged: {error}. {remedy}") from error
     if tuple(batch.schema.names) != columns:
-        raise DataError(f"{path} has the columns {batch.schema.names}, not {list(columns)}. {REMEDY}")
+        raise DataError(f"{path} has the columns {batch.schema.names}, not {list(columns)}. {remedy}")
     return batch
 
 

@@ -75,7 +75,7 @@ class SplitWriter:
         if self._pending:
             self._flush()
         columns = [pa.array(self._documents[name], type=_TYPES[name]) for name in DOCUMENT_COLUMNS]
-        documents = _write(self.directory / DOCUMENTS_NAME, pa.record_batch(columns, names=list(DOCUMENT_COLUMNS)))
+        documents = write_batch(self.directory / DOCUMENTS_NAME, pa.record_batch(columns, names=list(DOCUMENT_COLUMNS)))
         lengths = self._documents["length"]
         index = {
             "examples_version": EXAMPLES_VERSION,
@@ -101,11 +101,12 @@ class SplitWriter:
         ]
         path = self.directory / f"shard-{len(self._shards):05d}.arrow"
         batch = pa.record_batch([pa.array(column) for column in columns], names=list(STREAM_COLUMNS))
-        self._shards.append({**_write(path, batch), "num_tokens": self._num_pending})
+        self._shards.append({**write_batch(path, batch), "num_tokens": self._num_pending})
         self._pending, self._num_pending = [], 0
 
 
-def _write(path: Path, batch: Any) -> dict[str, Any]:
+def write_batch(path: Path, batch: Any) -> dict[str, Any]:
+    """Write one record batch; what an index says of its file."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
