@@ -2,6 +2,7 @@
 #   make demo    train a small model on this machine and see what comes out
 #   make demo-align  SFT, reward model, DPO, GRPO on a small task, before and after
 #   make test    ruff, mypy, pytest
+#   make test-full  the same with every layout, schedule and signal
 #   make bench   every benchmark in full; writes docs/benchmarks.md
 #   make lint    ruff and mypy alone
 #   make clean   remove the environment and the caches; runs/ is kept
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 
 export PYTHON
 .DELETE_ON_ERROR:
-.PHONY: demo demo-align test bench lint clean environment help
+.PHONY: demo demo-align test test-full bench lint clean environment help
 
 demo: $(STAMP)
 	$(BIN)/python examples/kjv/demo.py
@@ -29,6 +30,9 @@ test: lint
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/run_all.py
+
+test-full: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --full
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

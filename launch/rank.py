@@ -16,7 +16,7 @@ from megatron_slm.launch.environment import RankEnvironment
 
 REPORT_VARIABLE = "MSLM_REPORT_FD"
 # MPICH's launcher ends at an Abort without reading what is still in the ranks' pipes: our last words among it.
-_SECONDS_FOR_LAUNCHER = 1.0
+_SECONDS_FOR_LAUNCHER = 0.3
 
 
 def run_rank(environment: RankEnvironment, entry: Callable[[RankEnvironment], int]) -> int:

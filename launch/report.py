@@ -14,8 +14,8 @@ from megatron_slm.errors import UserError
 from megatron_slm.launch.environment import RankEnvironment
 
 MAX_TRACEBACK_LINES = 60
-# Another rank's input error is usually the same one; rank 0 gets this long to say it for all.
-_SECONDS_FOR_RANK_0 = 1.0
+# Another rank's input error is usually the same one; rank 0 gets this long to say it for all and to end the others.
+_SECONDS_FOR_RANK_0 = 2.0
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,16 @@ def stages(pipeline: Pipeline) -> list[tuple[str, str, Difference]]:
     """(stage, what was measured, before and after) of every stage."""
     print("\nSFT, from random weights")
     base = pipeline.train("sft", "sort-sft")
-    answered, preferred = pipeline.answers(base), pipeline.preferences(base)
+    answered = pipeline.answers(base)
     rows = [("sft", "questions answered", against(np.zeros_like(answered), answered))]
 
     print("\nA reward model, on right answers beside spoilt ones")
     ranked = pipeline.ranked(pipeline.train("reward", "sort-reward", "train.eval_iters=50"))
     rows.append(("reward", "pairs ranked (before: chance)", against(np.full_like(ranked, 0.5), ranked)))
 
-    print("\nDPO, on the same pairs")
+    print("\nDPO, on right answers beside its own mistakes")
+    pipeline.mistakes(base)
+    preferred = pipeline.preferences(base)
     dpo = pipeline.train("dpo", "sort-dpo")
     rows.append(("dpo", "pairs preferred", against(preferred, pipeline.preferences(dpo))))
     rows.append(("dpo", "questions answered", against(answered, pipeline.answers(dpo))))

@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from examples.sorting.mistakes import write_mistakes
 from examples.sorting.task import write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "sorting"
 LABELLED = 256
 """Of the chats, for a student that has few labels."""
-SHAPE = ("--template", "raw", "--seq-length", "64", "--workers", "1")
+SHAPE = (
+    *("--tokenizer-model", "data/sorting/corpus/tokenizer"),
+    *("--template", "raw", "--seq-length", "64", "--workers", "1"),
+)
 ANSWERS = ("--template", "raw", "--max-new-tokens", "12", "--batch-size", "256")
 
 
@@ -45,10 +49,8 @@ class Pipeline:
         (data / "task" / "few.jsonl").write_text("".join(chats[:LABELLED]))
         text = ("data/sorting/task/text.txt", "--output", "data/sorting/corpus")
         self._mslm("data", "prepare", *text, "--vocab-size", "280", "--split", "0")
-        shape = ("--tokenizer-model", "data/sorting/corpus/tokenizer", *SHAPE)
         for kind, name in (("chat", "chat"), ("chat", "few"), ("preference", "preference"), ("prompt", "prompt")):
-            source = f"data/sorting/task/{name}.jsonl"
-            self._mslm("data", "examples", source, "--output", f"data/sorting/{name}", "--kind", kind, *shape)
+            self._examples(kind, name)
 
     def train(self, recipe: str, name: str, *overrides: str) -> str:
         """Train a recipe as run ``name``; returns its directory."""
@@ -60,8 +62,17 @@ class Pipeline:
         """1 for every question of the test set that the run answers rightly, greedily: [512]."""
         return self._evaluated(run, "test", "passed", *ANSWERS)
 
+    def mistakes(self, run: str) -> None:
+        """Make pairs of what the run answers wrongly when it draws: to learn from, and to be judged by (test set)."""
+        for task, name, choices in (("asked", "mistakes", False), ("test", "choices", True)):
+            self._evaluated(run, task, "passed", *ANSWERS, "--temperature", "1")
+            data = self.directory / "data" / "sorting" / "task"
+            result = self.directory / f"{Path(run).name}-{task}.json"
+            write_mistakes(result, data / f"{task}.jsonl", data / f"{name}.jsonl", choices=choices)
+        self._examples("preference", "mistakes")
+
     def preferences(self, run: str) -> NDArray[np.float64]:
-        """1 for every pair of the test set of which the run finds the right answer likelier: [512]."""
+        """1 for every pair of the test set of which the run finds the right answer likelier: [pairs]."""
         return self._evaluated(run, "choices", "right_raw", "--template", "raw")
 
     def ranked(self, run: str) -> NDArray[np.float64]:
@@ -79,6 +90,10 @@ class Pipeline:
     def metrics(self, run: str) -> list[dict[str, Any]]:
         """The run's records, step by step."""
         return [json.loads(line) for line in (self.directory / run / "metrics.jsonl").read_text().splitlines()]
+
+    def _examples(self, kind: str, name: str) -> None:
+        source, output = f"data/sorting/task/{name}.jsonl", f"data/sorting/{name}"
+        self._mslm("data", "examples", source, "--output", output, "--kind", kind, *SHAPE)
 
     def _evaluated(self, run: str, task: str, value: str, *arguments: str) -> NDArray[np.float64]:
         out = f"{Path(run).name}-{task}.json"

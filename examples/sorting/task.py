@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-DIGITS, QUESTIONS, TEST = 6, 20_000, 512
+DIGITS, QUESTIONS, TEST, ASKED = 6, 20_000, 512, 3072
 SIX_DIGITS = rf"^\s*\d(?: \d){{{DIGITS - 1}}}\s*$"
 SHARES = {"chat": 0.5, "preference": 0.3, "prompt": 0.2}
 
@@ -28,22 +28,21 @@ def main() -> None:
 
 
 def write_task(output: Path, seed: int) -> None:
-    """``text.txt`` for a tokenizer, and JSONL for `mslm data examples` (chat, preference, prompt) and `mslm eval`
-    (test, and choices: the same questions with a right and a spoilt answer).
+    """``text.txt`` for a tokenizer, JSONL for `mslm data examples` (chat, preference, prompt) and for `mslm eval`: test
+    and asked, questions of the preferences, whose answers ``mistakes.py`` turns into pairs.
     """
     random = np.random.default_rng(seed)
     numbers = random.permutation(10**DIGITS)[:QUESTIONS]
     questions = [[int(digit) for digit in f"{number:0{DIGITS}d}"] for number in numbers]
     output.mkdir(parents=True, exist_ok=True)
-    rows = {
-        "test": [prompt_row(digits) for digits in questions[:TEST]],
-        "choices": [choice_row(digits, np.random.default_rng([seed, *digits])) for digits in questions[:TEST]],
-    }
+    rows = {"test": [prompt_row(digits) for digits in questions[:TEST]]}
     rest, first = questions[TEST:], 0
     for kind, share in SHARES.items():
         mine = rest[first : first + round(share * len(rest))]
         first += len(mine)
         rows[kind] = [row_of(kind, digits, random) for digits in mine]
+        if kind == "preference":
+            rows["asked"] = [prompt_row(digits) for digits in mine[:ASKED]]
     for name, of_kind in rows.items():
         (output / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_kind))
     (output / "text.txt").write_text("\n".join(f"{question(q)} {answer(sorted(q))}" for q in rest[:2000]) + "\n")
@@ -57,14 +56,6 @@ def row_of(kind: str, digits: list[int], random: np.random.Generator) -> dict[st
     if kind == "preference":
         return {"prompt": question(digits), "chosen": answer(right), "rejected": answer(spoilt(right, random))}
     return prompt_row(digits)
-
-
-def choice_row(digits: list[int], random: np.random.Generator) -> dict[str, object]:
-    """The right answer and a spoilt one, in a random order."""
-    right = sorted(digits)
-    choices = [answer(right), answer(spoilt(right, random))]
-    place = int(random.integers(0, 2))
-    return {"prompt": question(digits), "choices": choices if place == 0 else choices[::-1], "answer": place}
 
 
 def prompt_row(digits: list[int]) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Verdict:
     """What the guard says of a step."""
 
     kind: str
-    """"good", "non-finite" or "spike"."""
+    """"good", "empty", "non-finite" or "spike"."""
     reason: str = ""
     """One clause with the value and what it was compared with."""
     policy: str = "apply"
@@ -57,12 +57,16 @@ class Guard:
         """Whether this rank's gradient norm is not finite; one rank's suspicion is every rank's."""
         return not math.isfinite(grad_norm)
 
-    def judge(self, loss: float, grad_norm: float, *, suspected: bool) -> Verdict:
+    def judge(self, loss: float, grad_norm: float, *, suspected: bool, empty: bool = False) -> Verdict:
         """Of a step whose update has not been applied yet.
 
         Args:
             suspected: some rank's gradient norm is not finite.
+            empty: nothing of the global batch counts, so that there is no loss.
         """
+        if empty:
+            reason = "nothing of the batch counts: every label is masked, or no answer has a score"
+            return Verdict("empty", reason, "skip")
         if suspected or not math.isfinite(loss):
             reason = f"the loss is {loss:g}, the gradient norm {grad_norm:g}"
             return Verdict("non-finite", reason, self._config.non_finite_policy)

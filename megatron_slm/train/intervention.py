@@ -93,6 +93,11 @@ class Interventions:
 
 def _error(outcome: Outcome, what: str) -> UserError:
     result = outcome.result
+    if outcome.verdict.kind == "empty":
+        return NonFiniteError(
+            f"{what} Nothing of this step was applied. The log names the first answer that could not be scored "
+            "(completions/unscored_ratio); mslm data show DIRECTORY tells which tokens of examples are trained."
+        )
     first = result.consumed_samples - result.batch_size
     message = (
         f"{what} Nothing of this step was applied. Lower optimizer.lr, set optimizer.clip_grad, choose another "

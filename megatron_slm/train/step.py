@@ -91,6 +91,8 @@ class Agreed(NamedTuple):
 
     means: dict[str, float]
     tokens: int
+    empty: bool
+    """Nothing was counted."""
     suspected: bool
     stop: bool
     trouble: bool
@@ -123,7 +125,7 @@ def train_step(
     troubled = any(hook.in_trouble() for hook in hooks)
     agreed = agree(logged, plan, suspected=guard.suspects(norm), stop=wants_stop, trouble=troubled)
     loss = agreed.means[plan.logged[0]]
-    verdict = guard.judge(loss, norm, suspected=agreed.suspected)
+    verdict = guard.judge(loss, norm, suspected=agreed.suspected, empty=agreed.empty)
     learning_rate = plan.learning_rate(state.step)
     begun_at = state.cursor.consumed_samples
     if verdict.applies:
@@ -205,6 +207,5 @@ def agree(logged: list[dict[str, Tensor]], plan: StepPlan, *, suspected: bool, s
     pairs = zip(plan.logged, values[3::2], values[4::2], strict=True)
     means = {name: total / count if count else math.nan for name, total, count in pairs}
     tokens = values[4]
-    return Agreed(
-        means, round(tokens) if math.isfinite(tokens) else 0, values[0] > 0.0, values[1] > 0.0, values[2] > 0.0
-    )
+    flagged = [value > 0.0 for value in values[:3]]
+    return Agreed(means, round(tokens) if math.isfinite(tokens) else 0, tokens == 0.0, *flagged)

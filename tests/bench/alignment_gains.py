@@ -144,7 +144,9 @@ def bench() -> Bench:
 def gains_of(found: Bench, pipeline: Pipeline, say: Callable[[str], None]) -> NDArray[np.float64]:
     """Every stage of one seed; returns what the SFT model answers rightly."""
     base = pipeline.train("sft", "sort-sft")
-    before, preferred = pipeline.answers(base), pipeline.preferences(base)
+    before = pipeline.answers(base)
+    pipeline.mistakes(base)
+    preferred = pipeline.preferences(base)
     say(f"sft: {before.mean():.3f} of the questions")
 
     ranked = pipeline.ranked(pipeline.train("reward", "sort-reward", "train.eval_iters=100"))

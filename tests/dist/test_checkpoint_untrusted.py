@@ -18,6 +18,7 @@ from megatron_slm.train import manifest
 from megatron_slm.train.payload import read_common, read_object, read_tensor
 from megatron_slm.train.payload_index import read_index
 from tests import runs
+from tests.breadth import widely
 from tests.ranks import RankFailure
 
 TP2 = "parallel.tensor_model_parallel_size=2"
@@ -103,7 +104,7 @@ def plant(run: Path, into: Path, place: str) -> tuple[Path, Path]:
     return copy, mark
 
 
-@pytest.mark.parametrize("place", ["metadata", "random-states", "tensor"])
+@pytest.mark.parametrize("place", widely(["metadata", "random-states", "tensor"], "random-states"))
 def test_a_resume_refuses_it(tmp_path: Path, run: Path, data: Path, place: str) -> None:
     copy, mark = plant(run, tmp_path, place)
     with pytest.raises(RankFailure, match="nothing was run") as failure:

@@ -13,6 +13,7 @@ import torch
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train.config import PrecisionConfig, TrainConfig
 from tests import runs
+from tests.breadth import widely
 from tests.dist.test_equivalence import check_equal, one_rank, outcome
 from tests.dist.test_resume import check_bitwise
 from tests.ranks import run_ranks
@@ -50,7 +51,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("exchange", ["p2p", "all_gather"])
+@pytest.mark.parametrize("exchange", widely(["p2p", "all_gather"], "p2p"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_rank(layout: str, exchange: str) -> None:
     world_size, degrees = LAYOUTS[layout]

@@ -15,6 +15,7 @@ from megatron_slm.diagnose import records
 from megatron_slm.diagnose.finding import Finding
 from megatron_slm.diagnose.rules import diagnose
 from tests import alignment, runs
+from tests.breadth import BREADTH, widely
 
 STEPS, BATCH = 60, 8
 SMALL = (
@@ -85,7 +86,7 @@ SOUND = {
 }
 
 
-@pytest.mark.parametrize("kind", SOUND)
+@pytest.mark.parametrize("kind", widely(SOUND, "cosine"))
 def test_sound_runs_have_nothing(tmp_path: Path, data: Path, kind: str) -> None:
     world_size, overrides = SOUND[kind]
     assert runs.train(tmp_path / "run", data, world_size, *SMALL, *overrides) == 0
@@ -126,6 +127,7 @@ def test_a_rate_of_zero_is_a_plateau(tmp_path: Path, data: Path) -> None:
     assert set(found) == {"plateau"} and "learning rate is 0" in found["plateau"].causes[0]
 
 
+@BREADTH
 def test_data_of_one_token_is_a_plateau(tmp_path: Path, data: Path) -> None:
     plant = partial(change_batches, one_token, 1, STEPS)
     assert runs.train(tmp_path / "run", data, 1, *SMALL, "optimizer.lr=3e-2", plant=plant) == 0
@@ -133,6 +135,7 @@ def test_data_of_one_token_is_a_plateau(tmp_path: Path, data: Path) -> None:
     assert "nothing left to predict" in " ".join(found["plateau"].evidence)
 
 
+@BREADTH
 def test_a_saturated_start_is_named_by_layer(tmp_path: Path, data: Path) -> None:
     assert runs.train(tmp_path / "run", data, 1, *SMALL, "model.init_method_std=20.0") == 0
     found = findings(tmp_path / "run")
@@ -164,6 +167,7 @@ def test_an_edited_cursor_is_an_anomaly(tmp_path: Path, resumed: Path) -> None:
     assert "contradicts itself" in " ".join(found["data-order"].evidence)
 
 
+@BREADTH
 def test_a_resume_at_another_sample_is_an_anomaly(tmp_path: Path, data: Path) -> None:
     """The second start loses its place: what it had read comes again."""
     run = tmp_path / "run"
@@ -251,6 +255,7 @@ def test_a_reward_for_words_is_hacked(tmp_path: Path, examples: dict[str, Path],
     assert "digits_right" in found["reward-hacking"].summary
 
 
+@BREADTH
 def test_a_rate_too_high_loses_the_reward(tmp_path: Path, examples: dict[str, Path], tuned: Path) -> None:
     options = grpo(f"{alignment.__file__}:digits_right", "optimizer.lr=3e-2")
     found = stage(tmp_path / "run", examples["prompt"], tuned, *options)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train.config import PrecisionConfig
 from tests import runs
+from tests.breadth import BREADTH, widely
 from tests.ranks import run_ranks
 from tests.training import Task, build, global_tensors, mean_loss, micro_batches, worst_difference
 
@@ -124,7 +125,13 @@ def one_rank(task: Task) -> Trained:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "precision"), [(OVERLAP, BF16), ({}, FP32), (REPLICATED, BF16), (REPLICATED, FP32)]
+    ("parallel", "precision"),
+    [
+        (OVERLAP, BF16),
+        ({}, FP32),
+        pytest.param(REPLICATED, BF16, marks=BREADTH),
+        pytest.param(REPLICATED, FP32, marks=BREADTH),
+    ],
 )
 def test_equals_an_average_by_hand(parallel: dict[str, Any], precision: PrecisionConfig) -> None:
     """Of the fp32 master weights; the skipped update at the end is not taken in."""
@@ -142,7 +149,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", widely(LAYOUTS, "tp2-sp", "tied-pp2-vpp2-dp2"))
 def test_every_layout_has_the_same_averages(layout: str) -> None:
     task, world_size, degrees = LAYOUTS[layout]
     found, expected = run_ranks(train, world_size, task.on(**degrees))[0], one_rank(task)
@@ -152,7 +159,13 @@ def test_every_layout_has_the_same_averages(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "precision"), [(OVERLAP, BF16), (REPLICATED, BF16), (REPLICATED, FP32), (VPP2, FP32)]
+    ("parallel", "precision"),
+    [
+        (OVERLAP, BF16),
+        pytest.param(REPLICATED, BF16, marks=BREADTH),
+        pytest.param(REPLICATED, FP32, marks=BREADTH),
+        (VPP2, FP32),
+    ],
 )
 def test_training_does_not_notice_that_averages_are_used(parallel: dict[str, Any], precision: PrecisionConfig) -> None:
     task = replace(LLAMA.on(**parallel), precision=precision)
@@ -195,7 +208,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("move", widely(MOVES, "dp2-to-tp2", "tied-pp2-vpp2-to-one"))
 def test_a_checkpoint_gives_every_layout_the_same_bits(tmp_path: Path, move: str) -> None:
     task, precision, world_size, before, new_world_size, after = MOVES[move]
     task = replace(task, precision=precision)

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_slm.parallel.config import ParallelConfig
 from megatron_slm.train.config import PrecisionConfig, TrainConfig
+from tests.breadth import widely
 from tests.ranks import run_ranks
 from tests.training import Outcome, Task, train, worst_difference
 
@@ -69,13 +70,13 @@ def test_micro_batch_size_changes_nothing() -> None:
     assert found.losses == pytest.approx(expected.losses, rel=1e-9, abs=0)
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-vpp2", "dp2", "tp2-pp2-sp"])
+@pytest.mark.parametrize("layout", widely(["tp2-sp", "pp2-vpp2", "dp2", "tp2-pp2-sp"], "tp2-pp2-sp", "dp2"))
 def test_fp32_stays_within_its_own_noise(layout: str) -> None:
     world_size, degrees = LAYOUTS[layout]
     check_equal(replace(LLAMA, precision=PrecisionConfig()).on(**degrees), world_size, 1e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp2-sp", "dp2"])
+@pytest.mark.parametrize("layout", widely(["tp2-pp2-sp", "dp2"], "tp2-pp2-sp"))
 def test_bf16_trains_like_one_rank(layout: str) -> None:
     """bf16 rounds activations at 2^-8; twenty losses of a small model agree to about a tenth of that."""
     world_size, degrees = LAYOUTS[layout]

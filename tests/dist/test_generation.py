@@ -16,6 +16,7 @@ import torch
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.rollout.sampling import Sampling
 from megatron_slm.train.config import PrecisionConfig
+from tests.breadth import BREADTH
 from tests.dist.test_latent import LATENT
 from tests.pool import RankPool
 from tests.ranks import RankFailure
@@ -314,10 +315,10 @@ def trained(request: Request, rollouts: bool) -> tuple[list[float], dict[str, to
     ("model", "ranks", "degrees"),
     [
         ("dense", 2, TP2 | SP),
-        ("dense", 2, PP2),
+        pytest.param("dense", 2, PP2, marks=BREADTH),
         ("dense", 2, {"overlap_param_gather": True, "overlap_grad_reduce": True, "ddp_bucket_size": 20000}),
         ("experts", 2, EP2),
-        ("latent", 2, TP2),
+        pytest.param("latent", 2, TP2, marks=BREADTH),
     ],
 )
 def test_training_is_bitwise_the_same_with_and_without_generation(

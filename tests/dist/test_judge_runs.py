@@ -77,6 +77,29 @@ def test_a_run_goes_on_when_a_verifier_fails_and_counts_it(
     assert log.count("moody could not judge") == 1
 
 
+def test_a_step_whose_answers_nobody_can_score_is_skipped(
+    tmp_path: Path, data: dict[str, Path], base: Path
+) -> None:
+    run, own = tmp_path / "run", tmp_path / "own.py"
+    own.write_text("def silent(answer, fields):\n    raise ValueError('no opinion')\n")
+    options = (
+        "stage=grpo",
+        f"checkpoint.pretrained_checkpoint={base}",
+        "grpo.grpo_group_size=2",
+        "rollout.max_new_tokens=8",
+        f"rollout.rewards={own}:silent=1",
+        "train.max_interventions=2",
+    )
+    assert runs.train(run, data["prompt"], 1, *SHAPE, "train.train_iters=2", *options) == 0
+    records = runs.records(run)
+    assert [one["skipped"] for one in records] == [True, True]
+    log = (run / "log.txt").read_text()
+    assert "no answer has a score" in log and "no opinion" in log
+
+    with pytest.raises(RankFailure, match="used up train.max_interventions = 2.*could not be scored"):
+        runs.train(tmp_path / "longer", data["prompt"], 1, *SHAPE, "train.train_iters=3", *options)
+
+
 def test_reward_models_that_do_not_fit_are_refused(
     tmp_path: Path, data: dict[str, Path], base: Path, reward_model: Path
 ) -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron_slm.model.config import ModelConfig
 from megatron_slm.train.config import TrainConfig
 from tests import runs
+from tests.breadth import BREADTH, widely
 from tests.ranks import run_ranks
 from tests.training import SMALL, VOCAB, Outcome, Task, build, micro_batches, train, worst_difference
 
@@ -118,7 +119,7 @@ def test_every_layout_equals_one_rank(model: str, layout: str) -> None:
     check_equal(run_ranks(train, world_size, task.on(**degrees))[0], one_rank(task))
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2-vpp2", "cp2"])
+@pytest.mark.parametrize("layout", widely(["tp2", "pp2-vpp2", "cp2"], "pp2-vpp2"))
 def test_packed_documents_equal_one_rank(layout: str) -> None:
     world_size, degrees = LAYOUTS[layout]
     task = task_of("latent-predicting", packed=True)
@@ -136,7 +137,10 @@ RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize(("recompute", "layout"), [("full", "tp2-sp"), ("full", "tp2"), ("selective", "tp2-pp2-sp")])
+@pytest.mark.parametrize(
+    ("recompute", "layout"),
+    [("full", "tp2-sp"), pytest.param("full", "tp2", marks=BREADTH), ("selective", "tp2-pp2-sp")],
+)
 def test_recompute_changes_nothing(recompute: str, layout: str) -> None:
     world_size, degrees = LAYOUTS[layout]
     task = task_of("latent-predicting", packed=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.breadth import BREADTH, widely
+
 PROGRAM = Path(__file__).with_name("launch_program.py")
 WORLD_SIZE = 4
 # Long enough for any machine; a test that waits this long has failed.
@@ -84,12 +86,12 @@ def test_four_ranks_meet_and_sum(start: Callable[..., subprocess.Popen[str]], op
     ("behaviour", "options", "message", "frame"),
     [
         ("raise", (), "ValueError: the loss is not a number", "in fail_with_others_waiting"),
-        ("raise", ("--fresh",), "ValueError: the loss is not a number", "in fail_with_others_waiting"),
+        pytest.param("raise", ("--fresh",), "ValueError: the loss is not a number", "in fail_with_others_waiting", marks=BREADTH),
         ("raise_after_teardown", (), "ValueError: the loss is not a number", "in fail_with_others_waiting"),
-        ("exit3", (), "exited with code 3 in the middle of its work", ""),
+        pytest.param("exit3", (), "exited with code 3 in the middle of its work", "", marks=BREADTH),
         ("exit0", (), "exited with code 0 in the middle of its work", ""),
         ("sigkill", (), "killed by signal 9 (SIGKILL): out of memory?", ""),
-        ("sigkill", ("--fresh",), "killed by signal 9 (SIGKILL): out of memory?", ""),
+        pytest.param("sigkill", ("--fresh",), "killed by signal 9 (SIGKILL): out of memory?", "", marks=BREADTH),
         ("segfault", (), "killed by signal 11 (SIGSEGV)", "in fail_with_others_waiting"),
         ("ignore", (), "ValueError: the loss is not a number", "in entry"),
     ],
@@ -130,8 +132,8 @@ def test_input_refused_by_one_rank_ends_the_run(start: Callable[..., subprocess.
 @pytest.mark.parametrize(
     ("codes", "expected", "said"),
     [
-        ("0,0,0,0", 0, ""),
-        ("75,75,75,75", 75, ""),
+        pytest.param("0,0,0,0", 0, "", marks=BREADTH),
+        pytest.param("75,75,75,75", 75, "", marks=BREADTH),
         ("16,16,16,16", 16, ""),
         ("0,75,0,0", 1, "the ranks disagree about how the run ended (exit codes rank 0: 0, rank 1: 75"),
     ],
@@ -144,12 +146,12 @@ def test_codes_of_the_ranks(start: Callable[..., subprocess.Popen[str]], codes: 
 @pytest.mark.parametrize(
     ("number", "to_group", "options"),
     [
-        pytest.param(signal.SIGTERM, False, (), id="TERM"),
+        pytest.param(signal.SIGTERM, False, (), id="TERM", marks=BREADTH),
         pytest.param(signal.SIGTERM, True, (), id="TERM to all"),
-        pytest.param(signal.SIGUSR1, False, (), id="USR1"),
+        pytest.param(signal.SIGUSR1, False, (), id="USR1", marks=BREADTH),
         pytest.param(signal.SIGUSR1, True, (), id="USR1 to all"),
         pytest.param(signal.SIGINT, True, (), id="Ctrl-C"),
-        pytest.param(signal.SIGINT, True, ("--fresh",), id="Ctrl-C fresh"),
+        pytest.param(signal.SIGINT, True, ("--fresh",), id="Ctrl-C fresh", marks=BREADTH),
     ],
 )
 def test_stop_signal_saves_and_returns_75(
@@ -171,7 +173,7 @@ def test_stop_signal_saves_and_returns_75(
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=["TERM", "Ctrl-C", "USR1 to all"]
+    "number", widely([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], signal.SIGINT), ids=["TERM", "Ctrl-C", "USR1 to all"]
 )
 def test_stop_signal_before_the_first_step_ends_the_ranks(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals
@@ -199,7 +201,7 @@ def test_second_ctrl_c_kills_ranks_that_do_not_stop(
     assert survivors(tmp_path) == [], "nothing is left"
 
 
-@pytest.mark.parametrize("options", [(), ("--fresh",)], ids=["warm", "fresh"])
+@pytest.mark.parametrize("options", widely([(), ("--fresh",)], ()), ids=["warm", "fresh"])
 def test_ranks_die_with_a_killed_parent(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, options: tuple[str, ...]
 ) -> None:

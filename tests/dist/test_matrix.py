@@ -1,6 +1,7 @@
 """Every pair of parallel axes, kinds of model and schedules that can stand together computes what one rank computes.
 
-The cases are a pairwise covering array of ``tests.axes.SPACE``, each on four ranks of one pool, in float64: losses of
+The cases are a pairwise covering array of ``tests.axes.SPACE`` (every second of them, unless everything is run), each
+on four ranks of one pool, in float64: losses of
 every step, every gradient, the gradient norm and the weights afterwards. What ``config.rules`` refuse is left out;
 ``tests/unit/test_covering.py`` lists it.
 """
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_slm.config.run_config import RunConfig
 from tests.axes import AXES, RANKS, SPACE, config_of, one_rank
+from tests.breadth import BREADTH
 from tests.covering import Case, covering
 from tests.job import Outcome, train, worst_difference
 from tests.pool import RankPool
@@ -51,7 +53,13 @@ def reference(pool: RankPool) -> Reference:
     return run
 
 
-@pytest.mark.parametrize("case", covering(SPACE).cases, ids=name_of)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name_of(case), marks=BREADTH if number % 2 else ())
+        for number, case in enumerate(covering(SPACE).cases)
+    ],
+)
 def test_equals_one_rank(case: Case, pool: RankPool, reference: Reference) -> None:
     config = config_of(case)
     expected = reference(one_rank(config))

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_slm.launch.local import threads_per_rank
 from tests import runs
+from tests.breadth import widely
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,7 @@ def test_ranks_share_the_cores_where_nobody_says_how_many_threads(tmp_path: Path
     assert said["threads_per_rank"] == threads_per_rank(2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", widely([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], signal.SIGUSR1))
 def test_a_signal_finishes_the_step_saves_and_exits_75(tmp_path: Path, data: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "megatron_slm.cli", "train"]

@@ -13,6 +13,7 @@ from megatron_slm.train.payload import read_common
 from megatron_slm.train.payload_index import read_index
 from megatron_slm.train.reshard import reshard
 from tests import runs
+from tests.breadth import BREADTH
 from tests.ranks import run_ranks
 
 N, K = 4, 2
@@ -159,7 +160,9 @@ def test_every_layout_saves_what_it_has_loaded(tmp_path: Path, data: Path, chain
         assert recovery.find(run).state.layout == dict(offline.after)
 
 
-@pytest.mark.parametrize(("bf16", "distributed"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("bf16", "distributed"), [pytest.param(False, False, marks=BREADTH), (True, False), (True, True)]
+)
 def test_a_checkpoint_with_what_core_stores_is_still_read(
     tmp_path: Path, data: Path, bf16: bool, distributed: bool
 ) -> None:

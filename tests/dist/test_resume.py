@@ -8,6 +8,7 @@ import pytest
 
 from megatron_slm.train.run_directory import RunDirectory, locked
 from tests import runs
+from tests.breadth import BREADTH, widely
 from tests.ranks import RankFailure
 
 SCHEDULES = {
@@ -45,7 +46,7 @@ def check_bitwise(tmp_path: Path, data: Path, world_size: int, *overrides: str) 
     assert runs.differences(first, second) == []
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", widely(SCHEDULES, "wsd"))
 def test_resume_is_bitwise_under_every_schedule(tmp_path: Path, data: Path, schedule: str) -> None:
     check_bitwise(tmp_path, data, 2, *SCHEDULES[schedule], "parallel.tensor_model_parallel_size=2")
 
@@ -79,7 +80,7 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("case", PADDED)
+@pytest.mark.parametrize("case", widely(PADDED, "tied-pp2"))
 def test_resume_is_bitwise_where_buckets_are_padded(tmp_path: Path, data: Path, case: str) -> None:
     """Core 0.16.1 shifts the saved moments behind a padded bucket; see ``optimizer_shards``."""
     world_size, overrides = PADDED[case]
@@ -97,7 +98,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("before", "after"), [("tp2-pp2", "one"), ("one", "tp2-pp2"), ("dp2", "pp2-vpp2"), ("pp2-vpp2", "dp2")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("tp2-pp2", "one"),
+        pytest.param("one", "tp2-pp2", marks=BREADTH),
+        pytest.param("dp2", "pp2-vpp2", marks=BREADTH),
+        ("pp2-vpp2", "dp2"),
+    ],
+)
 def test_resume_under_another_layout_continues_the_same_run(
     tmp_path: Path, data: Path, before: str, after: str
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.train.config import OptimizerConfig, TrainConfig
+from tests.breadth import BREADTH
 from tests.pool import RankPool
 from tests.stage_training import CONFIGS, train_stage
 from tests.training import Outcome, Task, worst_difference
@@ -71,7 +72,10 @@ def differences(found: Outcome, expected: Outcome) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*((name, "tp2 pp2 sp") for name in CONFIGS), *((name, "cp2 dp2") for name in BY_SEQUENCE)],
+    [
+        *((name, "tp2 pp2 sp") for name in CONFIGS),
+        *(pytest.param(name, "cp2 dp2", marks=() if name == "dpo" else BREADTH) for name in BY_SEQUENCE),
+    ],
 )
 def test_a_layout_gives_the_numbers_of_one_rank(pool: RankPool, name: str, layout: str) -> None:
     world_size, size, degrees = LAYOUTS[layout]

@@ -52,6 +52,13 @@ def test_off_is_off_but_not_for_what_is_not_finite() -> None:
         assert (verdict.kind, verdict.policy) == ("non-finite", "skip")
 
 
+def test_a_batch_in_which_nothing_counts_is_skipped_and_never_learned_from() -> None:
+    guard = watched(TrainConfig(spike_policy="off"))
+    verdict = guard.judge(math.nan, 0.0, suspected=True, empty=True)
+    assert (verdict.kind, verdict.policy, verdict.applies) == ("empty", "skip", False)
+    assert "no answer has a score" in verdict.reason
+
+
 def test_one_rank_with_a_bad_norm_is_enough() -> None:
     guard = Guard(TrainConfig())
     assert guard.suspects(math.nan) and guard.suspects(math.inf) and not guard.suspects(3.0)
