@@ -87,9 +87,10 @@ class Pipeline:
         found = self._mslm("diagnose", run, "--json", *arguments, codes=(0, 1))
         return [finding["name"] for finding in json.loads(found)["findings"]]
 
-    def metrics(self, run: str) -> list[dict[str, Any]]:
-        """The run's records, step by step."""
-        return [json.loads(line) for line in (self.directory / run / "metrics.jsonl").read_text().splitlines()]
+    def metric(self, run: str, name: str) -> list[float]:
+        """A number of the run's records, of the steps that have it."""
+        rows = [json.loads(line) for line in (self.directory / run / "metrics.jsonl").read_text().splitlines()]
+        return [row[name] for row in rows if row.get(name) is not None]
 
     def _examples(self, kind: str, name: str) -> None:
         source, output = f"data/sorting/task/{name}.jsonl", f"data/sorting/{name}"

@@ -156,9 +156,7 @@ def gains_of(found: Bench, pipeline: Pipeline, say: Callable[[str], None]) -> ND
     say(found.kept.add(before, pipeline.answers(dpo)))
     for name, recipe in (("GRPO, task", "grpo"), ("PPO, task", "ppo")):
         say(found.gains[name].add(before, pipeline.answers(pipeline.train(recipe, f"sort-{recipe}"))))
-    say(
-        f"ppo: KL of a sequence {mean(row['objective/kl'] for row in pipeline.metrics('runs/sort-ppo')[-20:]):.2f} nats"
-    )
+    say(f"ppo: KL of a sequence {mean(pipeline.metric('runs/sort-ppo', 'objective/kl')[-20:]):.2f} nats")
 
     pipeline.train("sft", "sort-teacher", "train.train_iters=600")
     labels = pipeline.train(
@@ -179,7 +177,7 @@ def controls_of(
     """The three runs of one seed that must go wrong."""
     alone = pipeline.train("dpo", "dpo-alone", "dpo.dpo_sft_weight=0")
     fallen, found = pipeline.answers(alone), pipeline.findings(alone)
-    chosen = [row["logps/chosen_delta"] for row in pipeline.metrics(alone)[-20:]]
+    chosen = pipeline.metric(alone, "logps/chosen_delta")[-20:]
     evidence = f"task {before.mean():.3f} -> {fallen.mean():.3f}, chosen answers {mean(chosen):+.2f} nats"
     say(controls["DPO alone"].add(fallen.mean() < before.mean() and mean(chosen) < 0.0, found, evidence))
 
@@ -191,11 +189,9 @@ def controls_of(
 
     weak = ("rollout.rewards=[]", "rollout.reward_model=runs/sort-reward", "rollout.watched=[exact_match]")
     hacked = pipeline.train("ppo", "ppo-weak", *weak, "ppo.ppo_kl_coef=0.02", "optimizer.lr=5e-4")
-    found, rows = pipeline.findings(hacked), pipeline.metrics(hacked)
-    proxy, truth = (
-        (mean(row[key] for row in rows[:5]), mean(row[key] for row in rows[-20:]))
-        for key in ("reward", "rewards/exact_match/mean")
-    )
+    found = pipeline.findings(hacked)
+    series = (pipeline.metric(hacked, name) for name in ("reward", "rewards/exact_match/mean"))
+    proxy, truth = ((mean(values[:5]), mean(values[-20:])) for values in series)
     happened = proxy[1] - proxy[0] > PROXY_UP and truth[1] - truth[0] < TRUTH_FLAT
     evidence = f"reward {proxy[0]:.2f} -> {proxy[1]:.2f}, truth {truth[0]:.3f} -> {truth[1]:.3f}"
     say(controls["PPO on a weak reward model"].add(happened, found, evidence))
