@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_slm.data.examples.document import Document, Row, build_rows, row_of
 from megatron_slm.stages import config as stages
+from megatron_slm.train.config import PrecisionConfig
 from tests.training import VOCAB, Outcome, Task, build, finish, gathered, global_tensors, with_full_parameters
 
 EOD = 3
@@ -49,7 +50,7 @@ def train_stage(task: Task, name: str, packed: bool = True, gradients_of: int = 
     from megatron_slm.replay.shards import gradient_shards
     from megatron_slm.train.optimizer import apply_update, gradient_norm, set_learning_rate
 
-    groups, chunks, optimizer = build(task, ending_of(name))
+    groups, chunks, optimizer = build(task, ending_of(name, task.precision))
     loss = loss_of(name, groups.cp)
     outcome = Outcome(initial=global_tensors(chunks))
     for step in range(task.iters):
@@ -71,7 +72,7 @@ def train_stage(task: Task, name: str, packed: bool = True, gradients_of: int = 
     return outcome if dist.get_rank() == 0 else None
 
 
-def ending_of(name: str) -> Any:
+def ending_of(name: str, precision: PrecisionConfig) -> Any:
     """How the model of a stage ends."""
     from megatron_slm.model.ending import Scalar, TokenDivergence, TokenScores
     from megatron_slm.parallel.vocab_scores import Vocabulary
@@ -80,17 +81,18 @@ def ending_of(name: str) -> Any:
     if name in ("reward", "critic"):
         return Scalar(0.02)
     if name == "distill":
-        return TokenDivergence(vocabulary, CONFIGS[name].distill_beta, _teacher_rows)
+        dtype = torch.float64 if precision.fp64 else torch.float32
+        return TokenDivergence(vocabulary, CONFIGS[name].distill_beta, partial(_teacher_rows, dtype))
     return TokenScores(vocabulary)
 
 
-def _teacher_rows() -> torch.Tensor:
+def _teacher_rows(dtype: torch.dtype) -> torch.Tensor:
     """This tp rank's rows of a made-up teacher's output matrix."""
     from megatron.core import parallel_state
 
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     whole = torch.randn(512, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return whole[rank * 512 // size :][: 512 // size]
+    return whole[rank * 512 // size :][: 512 // size].to(dtype)
 
 
 def loss_of(name: str, cp: Any) -> Callable[..., Any]:
@@ -145,6 +147,9 @@ def micro_batches(
             batch["sft_weights"] = torch.where(chosen, weight, 0.0).double()
         if name == "distill":
             batch["teacher_hidden"] = torch.sin(batch["tokens"][..., None] * torch.arange(1.0, 9.0).double())
+            batch["teacher_hidden"] = batch["teacher_hidden"].to(
+                torch.float64 if task.precision.fp64 else torch.float32
+            )
         if name == "distill stored":
             batch["teacher_ids"] = (batch["tokens"][..., None] * 7 + torch.arange(4)) % VOCAB
             batch["teacher_logprobs"] = -torch.linspace(1.0, 3.0, 4).double().expand(*batch["tokens"].shape, 4)

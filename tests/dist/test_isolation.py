@@ -39,7 +39,7 @@ def probe(task: Task, lost_by: int | None, name: str = "sft", tolerance: float =
 
     from megatron_slm.parallel.isolation import require_isolation
 
-    groups, chunks, _ = build(task, ending_of(name))
+    groups, chunks, _ = build(task, ending_of(name, task.precision))
     for number, chunk in enumerate(chunks):
         if number * groups.pp.size() + groups.pp.rank() == lost_by:
             get_attr_wrapped_model(chunk, "decoder").register_forward_pre_hook(without_documents, with_kwargs=True)

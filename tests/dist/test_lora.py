@@ -81,7 +81,7 @@ def scored(task: Task, moved: bool) -> tuple[torch.Tensor, ...]:
     from megatron_slm.parallel.lora import Adapter, adapters_off
     from megatron_slm.rollout.score import scores
 
-    groups, chunks, _ = build(task, ending_of("dpo"))
+    groups, chunks, _ = build(task, ending_of("dpo", task.precision))
     for module in chunks[0].modules():
         if moved and isinstance(module, Adapter):
             torch.nn.init.constant_(module.lora_b, 0.01)
