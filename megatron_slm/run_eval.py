@@ -153,13 +153,12 @@ def _reader(speaker: Speaker, config: RunConfig, wanted: Wanted) -> Reader:
     for chunk in map(unwrap, chunks):
         if chunk.post_process:
             chunk.ending = ConfidentScores(vocabulary)
-    length = speaker.position_limit
     return Reader(
-        forward=partial(scores, chunks, seq_length=length, groups=groups),
+        forward=partial(scores, chunks, groups=groups),
         multiple=groups.pp.size() if len(chunks) > 1 else 1,
         groups=groups,
         device=device,
-        seq_length=length,
+        seq_length=speaker.position_limit,
         micro_batch_size=max(1, wanted.batch_size // 4),
         eod_id=speaker.tokenizer.eod_id,
     )

@@ -167,7 +167,7 @@ def _reader(speaker: Speaker, wanted: Wanted, vocab_size: int, seq_length: int) 
         if chunk.post_process:
             chunk.ending = TopTokens(Vocabulary(vocab_size, wanted.temperature), wanted.top_k)
     return Reader(
-        forward=partial(scores, chunks, seq_length=seq_length, groups=groups),
+        forward=partial(scores, chunks, groups=groups),
         multiple=groups.pp.size() if len(chunks) > 1 else 1,
         groups=groups,
         device=device,

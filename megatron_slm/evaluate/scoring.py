@@ -21,6 +21,8 @@ from megatron_slm.parallel.vocab_scores import CORRECT, LOGPROB
 
 ON_HOST = "document_ids"
 _AT_A_TIME = 64
+_SHORT_ROW, _ROW_MULTIPLE = 512, 128
+"""Slots: documents are packed, and a row divides over tensor- and context-parallel ranks."""
 
 
 class Scored(NamedTuple):
@@ -41,16 +43,16 @@ class Reader(NamedTuple):
     """A model that reads.
 
     Attributes:
-        forward: micro-batches -> the output of each, [K, B, S] (of ``ConfidentScores`` for :meth:`read`), on the ranks
-            that end the model; empty elsewhere. Collective.
+        forward: micro-batches, their ``seq_length`` -> the output of each, [K, B, S] (of ``ConfidentScores`` for
+            :meth:`read`), on the ranks that end the model; empty elsewhere. Collective.
         multiple: a forward pass takes a multiple of so many micro-batches (the pipeline size, when interleaved).
         groups: of one model copy.
-        seq_length: slots of a row; of a document too, at most.
+        seq_length: slots of a row at most, and of a document; rows are shorter where all documents are.
         micro_batch_size: rows of a forward pass.
         eod_id: pads.
     """
 
-    forward: Callable[[list[dict[str, Tensor]]], list[Tensor]]
+    forward: Callable[..., list[Tensor]]
     multiple: int
     groups: Any
     device: torch.device
@@ -75,11 +77,13 @@ class Reader(NamedTuple):
         counts = [int(np.count_nonzero(one.weights[1:])) for one in documents]
         # What has nothing that counts is not read: a text of one token has no label at all.
         asked = [at for at, count in enumerate(counts) if count]
-        packing = best_fit_decreasing(np.array([documents[at].num_slots for at in asked], np.int64), self.seq_length)
+        sizes = np.array([documents[at].num_slots for at in asked], np.int64)
+        slots = self._slots(int(sizes.max(initial=0)))
+        packing = best_fit_decreasing(sizes, slots)
         members = [[asked[at] for at in packing.row(number)] for number in range(packing.num_rows)]
         ends = np.cumsum([0, *counts])
         found = torch.zeros(len(which), int(ends[-1]), dtype=torch.float64, device=self.device)
-        for rows, output in self._forward(documents, members):
+        for rows, output in self._forward(documents, members, slots):
             order = [at for row in rows for at in row]
             number, slot = places(documents, rows)
             values = output[:, number.to(self.device), slot.to(self.device)].double()
@@ -92,7 +96,7 @@ class Reader(NamedTuple):
         return list(found.split(counts, dim=1))
 
     def _forward(
-        self, documents: Sequence[Document], members: list[list[int]]
+        self, documents: Sequence[Document], members: list[list[int]], slots: int
     ) -> Iterator[tuple[list[list[int]], Tensor]]:
         """The documents of each micro-batch and its output [K, B, S], where the model ends; runs it everywhere."""
         size = self.micro_batch_size
@@ -101,15 +105,19 @@ class Reader(NamedTuple):
         step = max(1, _AT_A_TIME // self.multiple) * self.multiple
         for first in range(0, len(parts), step):
             some = parts[first : first + step]
-            batches = [self._batch(documents, part) for part in some]
-            outputs = self.forward(batches)
+            batches = [self._batch(documents, part, slots) for part in some]
+            outputs = self.forward(batches, seq_length=slots)
             if is_last_pipeline_rank(self.groups):
                 yield from zip(some, outputs, strict=True)
 
-    def _batch(self, documents: Sequence[Document], part: list[list[int]]) -> dict[str, Tensor]:
+    def _slots(self, longest: int) -> int:
+        """Of a row: what the longest document needs, and enough to pack several short ones."""
+        return min(self.seq_length, max(_SHORT_ROW, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE))
+
+    def _batch(self, documents: Sequence[Document], part: list[list[int]], slots: int) -> dict[str, Tensor]:
         rows: list[Row | None] = [row_of([documents[at] for at in row]) for row in part]
         rows += [None] * (self.micro_batch_size - len(rows))
-        batch = build_rows(rows, seq_length=self.seq_length, eod_id=self.eod_id)
+        batch = build_rows(rows, seq_length=slots, eod_id=self.eod_id)
         return {name: field if name == ON_HOST else field.to(self.device) for name, field in batch.items()}
 
 

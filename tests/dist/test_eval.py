@@ -49,7 +49,7 @@ def read(task: Task) -> tuple[list[Any], list[list[float]]]:
 
     groups, chunks, _ = build(task, ConfidentScores(Vocabulary(VOCAB)))
     length = task.model.seq_length
-    forward = partial(scores, chunks, seq_length=length, groups=groups)
+    forward = partial(scores, chunks, groups=groups)
     reader = Reader(forward, 1, groups, torch.device("cpu"), length, micro_batch_size=2, eod_id=3)
     found, dense = reader.read(documents()), []
     if groups.mp.size() == 1:
@@ -85,3 +85,26 @@ def test_every_rank_is_told_the_dense_log_probabilities(pool: RankPool, layout: 
             assert one.confidence == pytest.approx([pair[1] for pair in expected], abs=1e-5)
             best = np.isclose(np.exp(one.logprobs), one.confidence, atol=1e-5)
             assert one.correct.tolist() == best.astype(float).tolist()
+
+
+def slots_of_rows(task: Task) -> list[int]:
+    """How long rows are for a model that could read 4,096 tokens."""
+    from megatron_slm.evaluate.scoring import Reader
+
+    groups, _, _ = build(task)
+    seen: list[int] = []
+
+    def forward(batches: list[dict[str, torch.Tensor]], *, seq_length: int) -> list[torch.Tensor]:
+        assert all(batch["tokens"].shape[1] == seq_length for batch in batches)
+        seen.append(seq_length)
+        return [torch.zeros(4, *batch["tokens"].shape) for batch in batches]
+
+    reader = Reader(forward, 1, groups, torch.device("cpu"), 4096, micro_batch_size=2, eod_id=3)
+    reader.read(documents())
+    reader.read([*documents(), Document(np.full(700, 7), np.ones(700, np.float32))])
+    finish()
+    return seen
+
+
+def test_rows_are_as_long_as_the_documents_need(pool: RankPool) -> None:
+    assert pool.call(slots_of_rows, 1, TASK)[0] == [512, 768]
