@@ -29,7 +29,8 @@ def displacement(records: Records) -> Finding | None:
     delta, accuracy = records.series("logps/chosen_delta"), records.series("rewards/accuracies")
     chosen, ranked = change(delta.quarter(0), delta.quarter(3)), change(accuracy.quarter(0), accuracy.quarter(3))
     size = abs(records.series("logps/chosen").values[0])
-    fallen = chosen.late < -max(DISPLACED_NATS, DISPLACED_SHARE * size) and chosen.errors < -3.0
+    # From 0, where it begins by definition: at a high rate the fall is over before the first quarter is.
+    fallen = chosen.late < -max(DISPLACED_NATS, DISPLACED_SHARE * size, 3.0 * chosen.error)
     below = 1.0 - share_above(delta.quarter(3), 0.0)
     if not (fallen and below >= BELOW_REFERENCE and ranked.gain > PREFERENCE_GAIN):
         return None

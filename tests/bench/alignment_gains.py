@@ -159,9 +159,9 @@ def gains_of(found: Bench, pipeline: Pipeline, say: Callable[[str], None]) -> ND
     say(f"ppo: KL of a sequence {mean(pipeline.metric('runs/sort-ppo', 'objective/kl')[-20:]):.2f} nats")
 
     pipeline.train("sft", "sort-teacher", "train.train_iters=600")
-    labels = pipeline.train(
-        "sft", "sort-labels", "model.hidden_size=48", "data.data_path=data/sorting/few", "train.train_iters=200"
-    )
+    student = ("model.hidden_size=48", "data.data_path=data/sorting/few")
+    pipeline.train("sft", "sort-labels", *student, "train.train_iters=200")
+    labels = pipeline.train("sft", "sort-labels-longer", *student, "train.train_iters=400")
     own = pipeline.answers(pipeline.train("distill", "sort-distill"))
     say(found.gains["distillation, task"].add(pipeline.answers(labels), own))
 
