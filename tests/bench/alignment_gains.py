@@ -182,7 +182,7 @@ def controls_of(
     say(controls["DPO alone"].add(fallen.mean() < before.mean() and mean(chosen) < 0.0, found, evidence))
 
     credit = "rollout.rewards=[exact_match=1, regex=0.2]"
-    fast = pipeline.train("grpo", "grpo-fast", "optimizer.lr=1e-3", credit, "train.train_iters=150")
+    fast = pipeline.train("grpo", "grpo-fast", "optimizer.lr=1e-3", credit)
     fallen, found = pipeline.answers(fast), pipeline.findings(fast)
     evidence = f"task {before.mean():.3f} -> {fallen.mean():.3f}"
     say(controls["GRPO at rate 1e-3"].add(fallen.mean() < before.mean(), found, evidence))
