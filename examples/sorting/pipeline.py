@@ -65,9 +65,9 @@ class Pipeline:
     def mistakes(self, run: str) -> None:
         """Make pairs of what the run answers wrongly when it draws: to learn from, and to be judged by (test set)."""
         for task, name, choices in (("asked", "mistakes", False), ("test", "choices", True)):
-            self._evaluated(run, task, "passed", *ANSWERS, "--temperature", "1")
+            self._evaluated(run, task, "passed", *ANSWERS, "--temperature", "1", name="drawn")
             data = self.directory / "data" / "sorting" / "task"
-            result = self.directory / f"{Path(run).name}-{task}.json"
+            result = self.directory / f"{Path(run).name}-{task}-drawn.json"
             write_mistakes(result, data / f"{task}.jsonl", data / f"{name}.jsonl", choices=choices)
         self._examples("preference", "mistakes")
 
@@ -96,8 +96,8 @@ class Pipeline:
         source, output = f"data/sorting/task/{name}.jsonl", f"data/sorting/{name}"
         self._mslm("data", "examples", source, "--output", output, "--kind", kind, *SHAPE)
 
-    def _evaluated(self, run: str, task: str, value: str, *arguments: str) -> NDArray[np.float64]:
-        out = f"{Path(run).name}-{task}.json"
+    def _evaluated(self, run: str, task: str, value: str, *arguments: str, name: str = "") -> NDArray[np.float64]:
+        out = "-".join(part for part in (Path(run).name, task, name) if part) + ".json"
         self._mslm("eval", run, "--task", f"data/sorting/task/{task}.jsonl", *arguments, "--out", out)
         items = json.loads((self.directory / out).read_text())["tasks"][0]["items"]
         return np.array([item["values"][value] for item in items])
