@@ -18,8 +18,8 @@ PROXY_ERRORS, CEILING = 3.0, 0.95
 better than those learned from (they are greedy), could not have risen with it."""
 HELD_OUT = "held-out prompts"
 COLLAPSED_ENTROPY, ZERO_ENTROPY = 0.2, 0.01
-"""Of the beginning's, and in nats a token: at 0.01 a hundred tokens leave one choice open. A GRPO run that a rate of 1e-3
-had spoilt stood at 0.15 of it."""
+"""Of the beginning's, and in nats a token: at 0.01 a hundred tokens leave one choice open. A GRPO run that a rate of
+1e-3 had spoilt stood at 0.15 of it."""
 ZERO_SHARE, ZERO_STEPS = 0.8, 10
 """Groups without a difference. At 0.8 four fifths of what was generated teach nothing; one step may be bad luck with
 16 groups, ten in a row are not."""
