@@ -21,7 +21,7 @@ from megatron_slm.parallel.pipeline import Batch
 from megatron_slm.replay.batches import step_inputs
 from megatron_slm.run_judge import judge_of
 from megatron_slm.run_parts import Run
-from megatron_slm.run_policy import Policy, starting_model, teacher_of
+from megatron_slm.run_policy import Policy, parent_of, starting_model, teacher_of
 from megatron_slm.run_reference import PairReference
 from megatron_slm.run_rollouts import sampling_of
 from megatron_slm.stages import pretrain
@@ -66,8 +66,7 @@ def beside_of(run: Run) -> Beside:
         return Beside()  # what they add to a micro-batch was kept with it
     match config.stage:
         case "dpo":
-            build = partial(starting_model, run)
-            return Beside(pairs=PairReference(config, run.data, run.plan, run.state.cursor, build, run.directory.path))
+            return Beside(pairs=PairReference(run, partial(starting_model, run), parent_of(run)))
         case "distill" if config.distill.teacher_topk is None:
             return Beside(teacher=teacher_of(run))
         case "distill":

@@ -74,6 +74,10 @@ def evaluate(run: Path, wanted: Wanted, *, environment: RankEnvironment | None =
     """
     if wanted.samples > 1 and wanted.manner.temperature == 0.0:
         raise ConfigError(f"--samples {wanted.samples} at --temperature 0 are all the same; give --temperature 0.8.")
+    from megatron_slm.evaluate.items import require_rows
+
+    for path in wanted.tasks:
+        require_rows(path, wanted.limit)
     with run_generate.speaker(run, ema=wanted.manner.ema, environment=environment) as speaker:
         from megatron_slm.train import recovery
 

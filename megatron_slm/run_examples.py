@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.corpus import HASH_LIMIT_BYTES
@@ -34,6 +37,8 @@ def open_examples(config: RunConfig, *, verify: bool = False) -> Data:
         return kept_data(config)
     paths, seed = source_paths(config), data_seed(config)
     train = {name: _open(config, path / "train", verify=verify) for name, path in paths.items()}
+    if config.reward.reward_margin:
+        require_margins({name: _store(one).margins for name, one in train.items()})
     held_out = paths if config.train.eval_iters else {}
     valid = {name: _open(config, path / "valid", verify=verify) for name, path in held_out.items()}
     stores = [_store(one) for one in (*train.values(), *valid.values())]
@@ -50,6 +55,22 @@ def open_examples(config: RunConfig, *, verify: bool = False) -> Data:
     refuse_twins(sources)
     phases = configured_phases(config.data, {name: _tokens(one) for name, one in train.items()})
     return Data(train, valid, tokenizer, MixtureOrder(tuple(sources), phases))
+
+
+def require_margins(margins: Mapping[str, np.ndarray]) -> None:
+    """Refuse margins that are to be used and that no pair has.
+
+    Args:
+        margins: of every source's answers, [documents].
+
+    Raises:
+        DataError: all of them are 0.
+    """
+    if not any(each.any() for each in margins.values()):
+        raise DataError(
+            f"reward.reward_margin = true, but no pair of {', '.join(margins)} has a margin other than 0. Compile rows "
+            'with "margin", or leave it out.'
+        )
 
 
 def example_loader(config: RunConfig, data: Data, groups: Any) -> RowLoader | PromptLoader:

@@ -30,7 +30,8 @@ from megatron_slm.stages.pretrain import local_batch
 from megatron_slm.stages.reference import Frozen
 from megatron_slm.stages.segments import last_labels, segments_of
 from megatron_slm.stages.sequences import Drawn, Shape, filled_up, lay_out
-from megatron_slm.train import recovery
+from megatron_slm.train import parents
+from megatron_slm.train.saved_state import read_state
 from megatron_slm.train.step import StepPlan
 
 
@@ -185,16 +186,16 @@ def reward_model_config(run: Run) -> tuple[Path, RunConfig]:
     """
     config = run.resolved.config
     name = f"rollout.reward_model = {config.rollout.reward_model}"
-    found = recovery.find(Path(str(config.rollout.reward_model)))
-    theirs = load(found.path / "config.yaml").config
+    source = parents.checkpoint_of(run.state.records, "rollout.reward_model", str(config.rollout.reward_model))
+    theirs, tokenizer_hash = load(source / "config.yaml").config, read_state(source).tokenizer_hash
     if theirs.stage != "reward":
         raise ConfigError(
             f"{name} was trained with stage {theirs.stage}, which ends with words. Give one of stage reward."
         )
     tokenizer = run.data.tokenizer
-    if found.state.tokenizer_hash != tokenizer.hash:
+    if tokenizer_hash != tokenizer.hash:
         raise ConfigError(
-            f"{name} has another tokenizer ({found.state.tokenizer_hash}) than the prompts ({tokenizer.hash}): the "
+            f"{name} has another tokenizer ({tokenizer_hash}) than the prompts ({tokenizer.hash}): the "
             "same ids mean other text. Compile the prompts with the reward model's tokenizer."
         )
     width = theirs.model.vocab_size or tokenizer.vocab_size
@@ -210,4 +211,4 @@ def reward_model_config(run: Run) -> tuple[Path, RunConfig]:
             f"{name} reads answers to their last token, with the longest prompt {longest} tokens, but model.seq_length "
             f"is {config.model.seq_length}. Set rollout.max_new_tokens={config.rollout.max_new_tokens - 1}."
         )
-    return found.path, own
+    return source, own

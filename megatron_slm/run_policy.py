@@ -23,8 +23,10 @@ from megatron_slm.stages.critic import NAME as CRITIC, Critic
 from megatron_slm.stages.experience import Judge, Sampler
 from megatron_slm.stages.reference import Frozen
 from megatron_slm.stages.rollouts import NAME as ROLLOUT, Rollouts
-from megatron_slm.train import checkpoint, recovery
+from megatron_slm.train import checkpoint, parents, recovery
 from megatron_slm.train.hook import Part
+from megatron_slm.train.parents import Parent
+from megatron_slm.train.saved_state import read_state
 from megatron_slm.train.step import StepInput
 
 BuildTrained = Callable[[RunConfig, Ending | Scalar], Any]
@@ -42,7 +44,8 @@ def own_parts(config: RunConfig, device: torch.device, groups: Any, build: Build
 
 
 def _critic(config: RunConfig, groups: Any, build: BuildTrained) -> Critic:
-    rate = config.ppo.ppo_critic_lr or config.optimizer.lr
+    peak = config.optimizer.lr
+    rate = config.ppo.ppo_critic_lr or peak
     # Its own rate, so that its groups keep their ratio to it.
     own = replace(config, optimizer=replace(config.optimizer, lr=rate))
     built = build(own, Scalar())
@@ -54,7 +57,9 @@ def _critic(config: RunConfig, groups: Any, build: BuildTrained) -> Critic:
         built.optimizer,
         loss=lambda output, batch: ppo.value_loss(output, batch, config=config.ppo, cp=groups.cp),
         logged=ppo.VALUE_LOGGED,
-        scale=rate / config.optimizer.lr if config.optimizer.lr else 1.0,
+        peak=rate,
+        # A policy that stands still has a schedule without a shape.
+        scale=rate / peak if peak else None,
     )
 
 
@@ -94,12 +99,15 @@ class Policy:
             write=write,
         )
         self._state = run.state
+        self._warn = run.log.warn if run.log is not None else None
         self.evaluate = evaluation_of_answers(config, run.data, run.plan, sampler, judge, reward_names)
 
     def inputs(self) -> Iterator[StepInput]:
         """Steps from wherever the state's cursor stands."""
         rollouts = self._state.parts[ROLLOUT]
         assert isinstance(rollouts, Rollouts), "build_state has made it"
+        if rollouts.dropped and self._warn is not None:
+            self._warn(rollouts.dropped)
         return rollouts.inputs(self._state, self._make)
 
 
@@ -111,8 +119,14 @@ def starting_model(run: Run) -> Frozen:
     config = run.resolved.config
     if config.lora.lora_rank:
         return Frozen(run.state.chunks, without_adapters=True)
-    source = recovery.find(Path(str(config.checkpoint.pretrained_checkpoint))).path
+    source = parents.checkpoint_of(run.state.records, parents.PRETRAINED, str(config.checkpoint.pretrained_checkpoint))
     return frozen(run, config, source, TokenScores(scored_vocabulary(config, run.vocab_size)))
+
+
+def parent_of(run: Run) -> Parent:
+    """Which checkpoint :func:`starting_model` is, there or not. Collective."""
+    named = str(run.resolved.config.checkpoint.pretrained_checkpoint)
+    return parents.noted(run.state.records, parents.PRETRAINED, named)
 
 
 def teacher_of(run: Run) -> Frozen:
@@ -122,16 +136,16 @@ def teacher_of(run: Run) -> Frozen:
         ConfigError: it has another vocabulary.
     """
     config = run.resolved.config
-    found = recovery.find(Path(str(config.distill.distill_teacher)))
-    theirs = load(found.path / "config.yaml").config
-    if found.state.tokenizer_hash != run.data.tokenizer.hash:
+    source = parents.checkpoint_of(run.state.records, "distill.distill_teacher", str(config.distill.distill_teacher))
+    theirs, tokenizer_hash = load(source / "config.yaml").config, read_state(source).tokenizer_hash
+    if tokenizer_hash != run.data.tokenizer.hash:
         raise ConfigError(
             f"distill.distill_teacher = {config.distill.distill_teacher} has another tokenizer "
-            f"({found.state.tokenizer_hash}) than the data ({run.data.tokenizer.hash}): the same ids mean other text. "
+            f"({tokenizer_hash}) than the data ({run.data.tokenizer.hash}): the same ids mean other text. "
             "Compile the examples with the teacher's tokenizer."
         )
     own = replace(config, model=replace(theirs.model, seq_length=config.model.seq_length), lora=theirs.lora)
-    teacher = frozen(run, own, found.path, HiddenStates())
+    teacher = frozen(run, own, source, HiddenStates())
     ending = getattr(unwrap(run.state.chunks[-1]), "ending", None)
     if (matrix := getattr(ending, "teacher_weight", None)) is not None:
         matrix.take(teacher)

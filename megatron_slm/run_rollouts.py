@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
@@ -32,7 +33,7 @@ from megatron_slm.stages.experience import (
 )
 from megatron_slm.stages.policy_fields import critic_fields, group_fields
 from megatron_slm.stages.reference import Frozen, add_live
-from megatron_slm.stages.rollouts import Rollouts
+from megatron_slm.stages.rollouts import RolloutPlan, Rollouts
 from megatron_slm.train.step import StepPlan, TrainState
 
 COEFFICIENT = "ppo_kl_coef"
@@ -73,7 +74,7 @@ class Maker:
             metrics.append(logged)
             cursor = cursor.advance(size)
         if self.write is not None:
-            self.write({name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]})
+            self.write(means_of(metrics))
         return made
 
     def _experience(self, prompts: list[tuple[int, Prompt]]) -> tuple[Experience, dict[str, float]]:
@@ -99,6 +100,8 @@ class Maker:
         if ends_model(self.plan):
             logged |= of_rewards(found, self.reward_names, self.plan)
             logged |= self._fields(found)
+        if self.config.stage == "ppo" and self.config.ppo.ppo_kl_target is not None:
+            self._steer(logged, len(drawn))
         return found, logged
 
     @property
@@ -109,14 +112,31 @@ class Maker:
     def _fields(self, found: Experience) -> dict[str, float]:
         if self.config.stage == "grpo":
             return group_fields(found, self.config.grpo, self.plan)
-        ppo = self.config.ppo
-        coefficient = self.state.records.get("ppo", {}).get(COEFFICIENT, ppo.ppo_kl_coef)
-        logged = critic_fields(found, ppo, coefficient, self.plan)
-        if ppo.ppo_kl_target is not None and "objective/kl" in logged:
-            samples = round(sums_over_copies([float(len(found.drawn))], self.plan)[0])
-            coefficient = steered_coefficient(coefficient, logged["objective/kl"], samples, ppo)
-            self.state.records["ppo"] = {COEFFICIENT: coefficient}
-        return logged | {"objective/kl_coef": coefficient}
+        return critic_fields(found, self.config.ppo, self._coefficient, self.plan) | {
+            "objective/kl_coef": self._coefficient
+        }
+
+    @property
+    def _coefficient(self) -> float:
+        """What a nat of distance costs now."""
+        return float(self.state.records.get("ppo", {}).get(COEFFICIENT, self.config.ppo.ppo_kl_coef))
+
+    def _steer(self, logged: dict[str, float], samples: int) -> None:
+        """Move that price towards the target, on every rank: any of them may write the checkpoint. Collective."""
+        distance = torch.tensor([logged.get("objective/kl", math.nan)], dtype=torch.float64, device=self.plan.device)
+        dist.broadcast(distance, group=self.plan.groups.pp, group_src=self.plan.groups.pp.size() - 1)
+        everyone = round(sums_over_copies([float(samples)], self.plan)[0])
+        if not distance.isnan():  # no answer was scored
+            price = steered_coefficient(self._coefficient, float(distance), everyone, self.config.ppo)
+            self.state.records["ppo"] = {COEFFICIENT: price}
+        if "objective/kl_coef" in logged:
+            logged["objective/kl_coef"] = self._coefficient
+
+
+def means_of(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over the mini-batches that have it."""
+    columns = {name: [each[name] for each in metrics if name in each] for one in metrics for name in one}
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 def prompts_of_rollout(config: RunConfig) -> int:
@@ -136,8 +156,9 @@ def group_size_of(config: RunConfig) -> int:
 
 def rollouts_of(config: RunConfig, device: torch.device) -> Rollouts:
     """The part of the state that holds the rollout in hand."""
-    prompts = prompts_of_rollout(config)
-    return Rollouts(prompts=prompts, steps=epochs_of(config) * prompts // config.train.global_batch_size, device=device)
+    size = config.train.global_batch_size
+    plan = RolloutPlan(prompts_of_rollout(config) // size, size, epochs_of(config))
+    return Rollouts(plan, device)
 
 
 def sampling_of(config: RunConfig, tokenizer: Tokenizer) -> Sampling:
@@ -171,8 +192,9 @@ def evaluation_of_answers(
     alone = sampler._replace(sampling=greedy(sampler.sampling), group_size=1)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        sums = dict.fromkeys(("reward", *(f"rewards/{name}" for name in names), "finished", "length"), 0.0)
-        answers = scored = 0
+        columns: dict[str, list[float]] = {
+            name: [] for name in ("reward", *(f"rewards/{name}" for name in names), "finished", "length")
+        }
         for source in data.valid.values():
             numbers = range(min(limit, source.num_samples))
             prompts = [
@@ -180,19 +202,16 @@ def evaluation_of_answers(
             ]
             drawn = alone.answer(prompts, state.step, plan)
             for each, one in zip(drawn, judge(drawn, [prompt for _, prompt in prompts]), strict=True):
-                answers += 1
-                sums["finished"] += each.completion.finished
-                sums["length"] += len(each.completion.tokens)
+                columns["finished"].append(each.completion.finished)
+                columns["length"].append(len(each.completion.tokens))
                 if not math.isnan(one.total):
-                    scored += 1
-                    sums["reward"] += one.total
-                    for name, value in one.parts.items():
-                        sums[f"rewards/{name}"] += value
-        *totals, answered, judged = sums_over_copies([*sums.values(), float(answers), float(scored)], plan)
-        means = {
-            name: total / max(1.0, answered if name in ("finished", "length") else judged)
-            for name, total in zip(sums, totals, strict=True)
-        }
-        return means | {"answers": answered, "unscored": answered - judged}
+                    columns["reward"].append(one.total)
+                for name, value in one.parts.items():  # those that could be scored
+                    columns[f"rewards/{name}"].append(value)
+        sums = [math.fsum(column) for column in columns.values()]
+        found = sums_over_copies([*sums, *(float(len(column)) for column in columns.values())], plan)
+        totals, counts = (dict(zip(columns, half, strict=True)) for half in (found[: len(sums)], found[len(sums) :]))
+        means = {name: total / counts[name] if counts[name] else math.nan for name, total in totals.items()}
+        return means | {"answers": counts["length"], "unscored": counts["length"] - counts["reward"]}
 
     return evaluate

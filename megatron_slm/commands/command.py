@@ -75,12 +75,15 @@ def _reward_problems(config: RunConfig, *, files: bool) -> list[str]:
     try:
         parts = parts_of(config.rollout)
     except ConfigError as error:
-        text = str(error)
-        return [text if text.startswith("rollout.") else f"rollout.rewards: {text}"]
-    named = [Path(part.verifier.rpartition(":")[0]) for part in parts if ":" in part.verifier]
+        return [str(error)]
+    named = {
+        Path(part.verifier.rpartition(":")[0]): "rewards" if part.weight is not None else "watched"
+        for part in reversed(parts)
+        if ":" in part.verifier
+    }
     return [
-        f"rollout.rewards names a function of {file}, and there is no such file. Check the path."
-        for file in dict.fromkeys(named)
+        f"rollout.{key} names a function of {file}, and there is no such file. Check the path."
+        for file, key in named.items()
         if files and not file.is_file()
     ]
 

@@ -26,6 +26,19 @@ ONLY_PRETRAINING = (
 )
 ONLY_LATER = ("data.pack_rows", "data.train_on", "data.curriculum", "data.curriculum_parts")
 
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust")
+"""Losses of pairs that know of flipped labels."""
+MEND = {
+    "dpo.dpo_label_smoothing": f"Set dpo.dpo_loss to one of {', '.join(SMOOTHED)}",
+    "ppo.ppo_kl_target": "Set ppo.ppo_kl_coef to the price to begin with, above 0",
+    "ppo.ppo_kl_horizon": "Set ppo.ppo_kl_target",
+    "grpo.grpo_completion_length": "Set grpo.grpo_loss=dr_grpo",
+    "grpo.grpo_is_cap": "Set grpo.grpo_is_correction",
+    "grpo.grpo_kl_estimator": "Set grpo.grpo_kl_beta above 0",
+    "distill.teacher_tail": "Set distill.teacher_topk",
+}
+"""What gives an option its effect."""
+
 
 def own_section(facts: Facts) -> Iterator[str]:
     """A section named after a stage belongs to it; rollouts belong to the stages that make some."""
@@ -54,6 +67,33 @@ def options_of_the_stage(facts: Facts) -> Iterator[str]:
                 else "its documents are masked, packed and weighted by what the examples say"
             )
             yield f"{facts.cite(key, 'stage')}: the former has no effect, because {why}. Leave it out."
+
+
+def without_effect(facts: Facts) -> Iterator[str]:
+    """Options of the stage's own section that another one leaves without effect."""
+    config = facts.config
+    dpo, ppo, grpo, distill = config.dpo, config.ppo, config.grpo, config.distill
+    idle = {
+        ("dpo.dpo_label_smoothing", "dpo.dpo_loss"): dpo.dpo_loss not in SMOOTHED,
+        ("ppo.ppo_kl_target", "ppo.ppo_kl_coef"): ppo.ppo_kl_coef == 0,
+        ("ppo.ppo_kl_horizon", "ppo.ppo_kl_target"): ppo.ppo_kl_target is None,
+        ("grpo.grpo_completion_length", "grpo.grpo_loss"): grpo.grpo_loss != "dr_grpo",
+        ("grpo.grpo_is_cap", "grpo.grpo_is_correction"): grpo.grpo_is_correction == "none",
+        ("grpo.grpo_kl_estimator", "grpo.grpo_kl_beta"): grpo.grpo_kl_beta == 0,
+        ("distill.teacher_tail", "distill.teacher_topk"): distill.teacher_topk is None,
+    }
+    for (key, other), out in idle.items():
+        if out and key.startswith(f"{config.stage}.") and facts.is_set(key):
+            yield f"{facts.cite(key, other)}: the former has no effect. {MEND[key]}, or leave it out."
+    if config.stage in ("ppo", "grpo"):
+        for key in ("data.train_on", "data.pack_rows"):
+            if facts.is_set(key):
+                yield f"{facts.cite(key, 'stage')}: the former has no effect on prompts. Leave it out."
+    if config.stage == "distill" and distill.distill_on_policy_fraction == 0:
+        key = "distill.distill_on_policy_fraction"
+        for field in dataclasses.fields(config.rollout):
+            if facts.is_set(given := f"rollout.{field.name}"):
+                yield f"{facts.cite(given, key)}: nothing is drawn. Set {key} above 0, or leave the former out."
 
 
 def curriculum(facts: Facts) -> Iterator[str]:
@@ -128,4 +168,13 @@ def teacher(facts: Facts) -> Iterator[str]:
         )
 
 
-RULES = (curriculum, rollout_steps, teacher, own_section, options_of_the_stage, reference, whole_sequences)
+RULES = (
+    curriculum,
+    rollout_steps,
+    teacher,
+    own_section,
+    options_of_the_stage,
+    without_effect,
+    reference,
+    whole_sequences,
+)

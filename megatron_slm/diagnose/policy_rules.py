@@ -185,7 +185,11 @@ def kl_known(records: Records) -> str:
     """What the rule about the distance from the reference needs."""
     if not records.lacks("objective/kl") or not records.lacks("kl", "completions/mean_length"):
         return ""
-    return "needs a reference: ppo.ppo_kl_coef or grpo.grpo_kl_beta above 0"
+    key = "ppo.ppo_kl_coef" if records.stage == "ppo" else "grpo.grpo_kl_beta"
+    if records.setting(key, 0.0) > 0.0:
+        names = ("objective/kl",) if records.stage == "ppo" else ("kl", "completions/mean_length")
+        return records.lacks(*names)
+    return f"needs a reference: {key} above 0"
 
 
 def kl_blow_up(records: Records) -> Finding | None:

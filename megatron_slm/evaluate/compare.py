@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_slm.errors import DataError
-from megatron_slm.evaluate.measures import COMPARED, Compared
+from megatron_slm.evaluate.compared import COMPARED, Compared
 from megatron_slm.evaluate.statistics import MIN_ITEMS, Difference, paired_bootstrap
 
 RESULT_VERSION = 1

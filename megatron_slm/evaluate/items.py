@@ -16,22 +16,25 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.documents import open_sources
+from megatron_slm.data.documents import Source, open_sources
 from megatron_slm.data.examples.document import Document
 from megatron_slm.data.examples.encoding import ExampleEncoder
-from megatron_slm.data.examples.reading import RawRow, check_sources, parsed, read_rows
+from megatron_slm.data.examples.reading import check_sources, parsed, read_rows
 from megatron_slm.data.examples.records import BadRow, Message, record_of
 from megatron_slm.data.tokenizer import Tokenizer
 from megatron_slm.errors import DataError
+from megatron_slm.evaluate.registry import verifier_of_row
+from megatron_slm.evaluate.verifiers import Unverifiable
 
 KINDS = ("held_out", "choice", "generation", "golden")
 
@@ -95,17 +98,12 @@ class Asker:
         check_sources(sources)
         items: list[Item] = []
         content = hashlib.sha256(self._encoder.template.sha256.encode() if self._encoder else b"")
-        kinds: list[str] = []
-        for row in (row for source in sources for row in read_rows(source)):
-            if limit is not None and len(items) >= limit:
-                break
+        kind = ""
+        for place, kind, fields in asked_rows(sources, limit):
             try:
-                kind, item = self._item(row, len(items))
-                if kinds and kind != kinds[0]:
-                    raise BadRow("mixed", f"asks for {kind}, but the rows before it for {kinds[0]}; give two files")
+                item = self._item(kind, fields, len(items))
             except BadRow as error:
-                raise DataError(f"{row.place} {error.detail}.") from error
-            kinds.append(kind)
+                raise DataError(f"{place} {error.detail}.") from error
             items.append(item)
             content.update(json.dumps(item.fields, sort_keys=True).encode() + b"\n")
         if not items:
@@ -114,20 +112,16 @@ class Asker:
         if len(set(names)) < len(names):
             twice = next(name for place, name in enumerate(names) if name in names[:place])
             raise DataError(f'{path}: two rows have the "id" {twice!r}; give each its own.')
-        return Task(path.stem, kinds[0], tuple(items), content.hexdigest())
+        return Task(path.stem, kind, tuple(items), content.hexdigest())
 
-    def _item(self, row: RawRow, number: int) -> tuple[str, Item]:
-        fields = parsed(row)
-        if not isinstance(fields, dict):
-            raise BadRow("no object", f"holds {type(fields).__name__}, not a JSON object")
-        kind = kind_of(fields)
+    def _item(self, kind: str, fields: dict[str, Any], number: int) -> Item:
         make: dict[str, Callable[[str, dict[str, Any]], Item]] = {
             "held_out": self._held_out,
             "choice": self._choice,
             "generation": self._generation,
             "golden": self._golden,
         }
-        return kind, make[kind](str(fields.get("id", number)), fields)
+        return make[kind](str(fields.get("id", number)), fields)
 
     def _held_out(self, name: str, fields: dict[str, Any]) -> Item:
         if "text" not in fields:
@@ -181,6 +175,44 @@ class Asker:
         weights = np.zeros(len(tokens), dtype=np.float32)
         weights[first:] = 1.0
         return Document(tokens, weights)
+
+
+def require_rows(path: Path, limit: int | None = None) -> None:
+    """Refuse, before there is a model, rows that no model can be asked.
+
+    Raises:
+        DataError: a row is of no kind, of another than the first one's, or names a verifier that is not known.
+    """
+    sources = open_sources([path])
+    check_sources(sources)
+    for _ in asked_rows(sources, limit):
+        pass
+
+
+def asked_rows(sources: list[Source], limit: int | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Place, kind and fields of all rows, or of the first ``limit``.
+
+    Raises:
+        DataError: see :func:`require_rows`.
+    """
+    first = ""
+    rows = (row for source in sources for row in read_rows(source))
+    for row in itertools.islice(rows, limit):
+        try:
+            fields = parsed(row)
+            if not isinstance(fields, dict):
+                raise BadRow("no object", f"holds {type(fields).__name__}, not a JSON object")
+            kind = kind_of(fields)
+            if kind == "generation":
+                verifier_of_row(fields)
+        except BadRow as error:
+            raise DataError(f"{row.place} {error.detail}.") from error
+        except Unverifiable as error:
+            raise DataError(f"{row.place}: {error}.") from error
+        yield row.place, kind, fields
+        first = first or kind  # what is wrong with the row alone was said by now
+        if kind != first:
+            raise DataError(f"{row.place} asks for {kind}, but the rows before it for {first}; give two files.")
 
 
 def kind_of(fields: dict[str, Any]) -> str:

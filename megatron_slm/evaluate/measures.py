@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
+from megatron_slm.evaluate.compared import COMPARED
 from megatron_slm.evaluate.items import Item, Task, right_choice
 from megatron_slm.evaluate.scoring import Scored
 from megatron_slm.evaluate.statistics import brier, pass_at_k, reliability
@@ -25,34 +26,6 @@ RARE_RATES = (0.05, 0.1, 0.2)
 """Borders of the buckets of the share of rare tokens."""
 
 Values = dict[str, float]
-
-
-class Compared(NamedTuple):
-    """One number of a kind of task that two models are compared by: a sum over another one.
-
-    Attributes:
-        sum, over: keys of an item's values; ``over`` None counts items.
-        larger_is_better: else smaller is.
-    """
-
-    name: str
-    sum: str
-    over: str | None
-    larger_is_better: bool
-
-
-COMPARED: Mapping[str, tuple[Compared, ...]] = {
-    "held_out": (Compared("loss", "nats", "tokens", larger_is_better=False),),
-    "choice": tuple(
-        Compared(f"accuracy ({name})", f"right_{name}", None, larger_is_better=True)
-        for name in ("raw", "token", "byte")
-    ),
-    "generation": (
-        Compared("pass@1", "passed", "samples", larger_is_better=True),
-        Compared("score", "score", "samples", larger_is_better=True),
-    ),
-    "golden": (Compared("in range", "in_range", None, larger_is_better=True),),
-}
 
 
 def measured(task: Task, values: Sequence[Values], rates: Sequence[float] = ()) -> dict[str, Any]:

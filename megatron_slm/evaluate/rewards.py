@@ -42,12 +42,16 @@ def parts_of(config: RolloutConfig) -> tuple[Part, ...]:
             "rollout.reward_model."
         )
     if config.reward_model is None and any(one.verifier == REWARD_MODEL for one in given):
-        raise ConfigError(f"rollout.rewards names {REWARD_MODEL!r}; give rollout.reward_model=RUN too.")
+        key = "watched" if REWARD_MODEL in config.watched else "rewards"
+        raise ConfigError(f"rollout.{key} names {REWARD_MODEL!r}; give rollout.reward_model=RUN too.")
     for place, one in enumerate(given):
         if one.name in {other.name for other in given[:place]}:
             raise ConfigError(f"rollout.rewards and rollout.watched name {one.name!r} twice; each part has one weight.")
         if one.verifier not in (OF_THE_ROW, REWARD_MODEL) and ":" not in one.verifier:
-            verifier_named(one.verifier)
+            try:
+                verifier_named(one.verifier)
+            except ConfigError as error:
+                raise ConfigError(f"rollout.{'rewards' if one.weight is not None else 'watched'}: {error}") from error
     return tuple(given)
 
 
@@ -61,6 +65,8 @@ def _part(text: str, key: str) -> Part:
         weight = math.nan
     if not name or not math.isfinite(weight):
         raise ConfigError(f"{key} holds {text!r}; write NAME=WEIGHT with a finite number, as exact_match=1.0.")
+    if weight == 0.0:
+        raise ConfigError(f"{key} holds {text!r}, which is no part of the sum; name it in rollout.watched={name}.")
     return Part(_short(name), name, weight)
 
 

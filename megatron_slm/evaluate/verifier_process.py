@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import signal
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -44,16 +45,15 @@ def serve(fd: int, parent: int, names: list[str]) -> None:
     try:
         loaded = {name: verifier_named(name) for name in names if name != OF_THE_ROW}
     except ConfigError as error:
-        connection.send(str(error))
+        with suppress(ConnectionError):
+            connection.send(str(error))
         return
-    connection.send(None)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # who has asked has gone
+        connection.send(None)
+        while True:
             asked: list[Asked] = connection.recv()
             for one in asked:
                 connection.send(_score(one, loaded))
-        except (EOFError, BrokenPipeError):  # who has asked has gone
-            return
 
 
 def _score(asked: Asked, loaded: dict[str, Any]) -> Score:

@@ -74,7 +74,10 @@ class PpoConfig:
         choices=("trl", "verl", "torchtune"),
     )
     ppo_critic_lr: float | None = option(
-        None, "peak learning rate of the critic, on the policy's schedule; default optimizer.lr", above=0.0
+        None,
+        "peak learning rate of the critic, on the policy's schedule, or throughout where optimizer.lr is 0; default "
+        "optimizer.lr",
+        above=0.0,
     )
     ppo_critic_checkpoint: str | None = option(
         None,

@@ -30,14 +30,23 @@ class Critic(ModelPart, Hook):
         chunks, optimizer: of the critic, laid out as the policy.
         loss: its loss, see ``ppo.value_loss``.
         logged: what that logs.
-        scale: its learning rate over the policy's.
+        peak: its peak learning rate.
+        scale: its learning rate over the policy's at every step; None where the policy's is 0 throughout, so that
+            it stays at its peak.
     """
 
     def __init__(
-        self, chunks: list[nn.Module], optimizer: Any, *, loss: LossFunction, logged: Sequence[str], scale: float
+        self,
+        chunks: list[nn.Module],
+        optimizer: Any,
+        *,
+        loss: LossFunction,
+        logged: Sequence[str],
+        peak: float,
+        scale: float | None,
     ) -> None:
         super().__init__(NAME, chunks, optimizer)
-        self._loss, self._logged, self._scale = loss, logged, scale
+        self._loss, self._logged, self._peak, self._scale = loss, logged, peak, scale
         self._plan: StepPlan | None = None
         self._write: Callable[[dict[str, Any]], None] | None = None
 
@@ -65,9 +74,12 @@ class Critic(ModelPart, Hook):
             groups=plan.groups,
         )
         norm = gradient_norm(self.optimizer)
-        set_learning_rate(
-            self.optimizer, self._scale * plan.learning_rate(state.step), self._scale * plan.peak_learning_rate
-        )
+        if self._scale is None:
+            set_learning_rate(self.optimizer, self._peak, self._peak)
+        else:
+            set_learning_rate(
+                self.optimizer, self._scale * plan.learning_rate(state.step), self._scale * plan.peak_learning_rate
+            )
         apply_update(self.optimizer, norm)
         total = torch.zeros(len(self._logged), 2, dtype=torch.float64, device=plan.device)
         for entry in entries:

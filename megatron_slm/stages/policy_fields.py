@@ -95,7 +95,10 @@ def critic_fields(found: Experience, config: PpoConfig, coefficient: float, plan
         like = batch["segments"]
         batch["advantages"] = scatter(advantages, one.places, one.mask, like)
         batch["returns"] = scatter(returns, one.places, one.mask, like)
-    return _objective(targets, [returns for _, returns in learned], plan)
+    logged = _objective(targets, [returns for _, returns in learned], plan)
+    if not all("ref_logprobs" in batch for batch in found.batches):
+        logged.pop("objective/kl", None)  # compared with itself it is 0, which would pass for a measurement
+    return logged
 
 
 def _total(parts: list[Tensor], plan: StepPlan) -> Tensor:

@@ -60,7 +60,7 @@ def precompute(
     *,
     micro_batch_size: int,
 ) -> np.ndarray:
-    """Summed log-probabilities of the documents of ``rows``, float64 [documents]; 0 of others. Collective.
+    """Summed log-probabilities of the documents of ``rows``, float64 [documents]; NaN of others. Collective.
 
     Args:
         batch_of: the micro-batch of so many rows, whole and on the host, and the numbers of its documents.
@@ -84,7 +84,7 @@ def precompute(
         found.zero_()
     dist.all_reduce(found)
     sums, times = found.cpu().numpy()
-    result: np.ndarray = sums / np.maximum(times, 1.0)
+    result: np.ndarray = np.where(times > 0, sums / np.maximum(times, 1.0), np.nan)
     return result
 
 

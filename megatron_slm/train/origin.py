@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.resume import check_lengths, check_resume
 from megatron_slm.errors import CheckpointError
 from megatron_slm.model.config import ModelConfig
-from megatron_slm.train import checkpoint, recovery
+from megatron_slm.train import checkpoint, parents, recovery
 from megatron_slm.train.optimizer_state import inner_optimizers
 from megatron_slm.train.payload_index import read_index
 from megatron_slm.train.replayed_run import refuse_other_replay
@@ -52,12 +55,16 @@ def verify_origin(config: RunConfig, checkpoints: Path, start: Cursor, identity:
         check_resume(saved, start, before)
         check_lengths(saved.consumed_samples, before.length_schedule, config.data.length_schedule)
         return Origin(own.path, warning=own.warning)
+    source = None
     if config.checkpoint.pretrained_checkpoint is not None:
         source = recovery.find(Path(config.checkpoint.pretrained_checkpoint))
-        require_same_shape(source.path, config.model)
+        _require_fitting(parents.PRETRAINED, source, config, start)
         _refuse_adapters(source.path)
-        return Origin(source.path, weights_only=True, warning=source.warning)
-    return Origin()
+        _refuse_number(source.path, config.stage)
+    if config.stage == "ppo" and config.ppo.ppo_critic_checkpoint is not None:
+        critic = recovery.find(Path(config.ppo.ppo_critic_checkpoint), hashes=False)  # who builds it reads every byte
+        _require_fitting("ppo.ppo_critic_checkpoint", critic, config, start)
+    return Origin() if source is None else Origin(source.path, weights_only=True, warning=source.warning)
 
 
 def restore(
@@ -80,6 +87,7 @@ def restore(
         return None, [f"new run from seed {config.train.seed}"]
     if chosen.weights_only:
         checkpoint.load_weights(chosen.path, state.chunks, state.optimizer)
+        parents.note(state.records, parents.PRETRAINED, chosen.path)
         return chosen.warning, [f"weights from {chosen.path}; new optimizer, step 0"]
     words = _resume(state, chosen.path, layout)
     if state.step >= config.train.train_iters:
@@ -143,7 +151,7 @@ def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
     state.step, state.cursor, state.records = saved.step, resumed.cursor, dict(saved.records)
     return [
         f"resumed {path} at step {saved.step}",
-        *(f"warning: {path.name} holds no {name}: it starts from the loaded weights" for name in absent),
+        *(f"warning: {path.name} {without(name, saved.parts)}" for name in absent),
         *(
             f"warning: {path.name} holds {name}, which this run does not keep: it is left behind"
             for name in saved.parts
@@ -151,6 +159,13 @@ def _resume(state: TrainState, path: Path, layout: dict[str, int]) -> list[str]:
         ),
         *resumed.changes,
     ]
+
+
+def without(name: str, saved_parts: Collection[str]) -> str:
+    """What becomes of a part of the state that was not read from a checkpoint which holds ``saved_parts``."""
+    if name in saved_parts:
+        return f"holds the {name} of another layout, whose ranks had it: it is drawn anew, because the layout changed"
+    return f"holds no {name}: it starts from the loaded weights"
 
 
 def _refuse_adapters(source: Path) -> None:
@@ -170,23 +185,88 @@ def _of_first_rank(origin: Origin | None) -> Origin:
     return shared[0]
 
 
-def require_same_shape(source: Path, model: ModelConfig) -> None:
-    """Compare the fields that decide the parameters' shapes and meaning.
+def _refuse_number(source: Path, stage: str) -> None:
+    """What ends with words does not start from what ends with a number."""
+    if stage != "reward" and load(source / "config.yaml").config.stage == "reward":
+        raise CheckpointError(
+            f"{parents.PRETRAINED} = {source} is a reward model: it ends with a number and has no words. Name a model "
+            "of another stage; rollout.reward_model and ppo.ppo_critic_checkpoint use this one."
+        )
+
+
+def _require_fitting(key: str, source: recovery.Recovered, config: RunConfig, start: Cursor) -> None:
+    """Refuse what an option names where its weights mean something else in this run.
+
+    A converted model without a tokenizer has no hash to compare.
+    """
+    require_same_shape(source.path, config.model, key=key, may_stretch=config.stage == "pretrain")
+    if source.state.tokenizer_hash not in ("", start.tokenizer_hash):
+        raise CheckpointError(
+            f"{key} = {source.path} has another tokenizer ({source.state.tokenizer_hash}) than the data "
+            f"({start.tokenizer_hash}): the same ids mean other text. Prepare or compile the data with the tokenizer "
+            "of that checkpoint."
+        )
+
+
+MAY_DIFFER = (
+    "seq_length", "max_position_embeddings",
+    "vocab_size", "make_vocab_size_divisible_by",
+    "attention_dropout", "hidden_dropout",
+    "moe_router_bias_update_rate", "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff",
+    "moe_expert_capacity_factor", "moe_token_drop_policy",
+    "mtp_num_layers", "mtp_loss_scaling_factor",
+    "init_method_std",
+)  # fmt: skip
+"""Fields of the section ``model`` that say how long rows are and how weights are trained, not what they compute.
+
+Reading the payload compares the rows of the vocabulary; predictions of further tokens may be left out or begun.
+"""
+
+STRETCHING = (
+    "rotary_base", "use_rope_scaling", "rope_scaling_factor",
+    "rope_type", "rotary_scaling_factor", "original_max_position_embeddings", "mscale", "mscale_all_dim",
+)  # fmt: skip
+"""Fields that pretraining may change when it goes on with longer samples: the weights learn to follow."""
+
+
+def require_same_shape(source: Path, model: ModelConfig, *, key: str, may_stretch: bool = False) -> None:
+    """Compare every field that decides the parameters' shapes and meaning.
+
+    Args:
+        key: the option that names ``source``.
+        may_stretch: rotary frequencies may be others.
 
     Raises:
         CheckpointError: names every field that differs, with both values.
     """
-    theirs, ours = (shape(config) for config in (load(source / "config.yaml").config.model, model))
-    changed = [f"model.{key}: {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
+    theirs, ours = (_meaning(config) for config in (load(source / "config.yaml").config.model, model))
+    allowed = {*MAY_DIFFER, *(STRETCHING if may_stretch else ())}
+    changed = [
+        f"model.{field}: {theirs[field]} there, {ours[field]} here"
+        for field in ours
+        if field not in allowed and not _same(theirs[field], ours[field])
+    ]
     if changed:
         raise CheckpointError(
             f"{source} holds another model ({'; '.join(changed)}); set these fields to the checkpoint's values, or "
-            "name another checkpoint.pretrained_checkpoint"
+            f"name another {key}"
         )
 
 
+def _same(one: object, other: object) -> bool:
+    """Equal to the digits of fp32, in which other programs' files hold such numbers."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
+
+
+def _meaning(model: ModelConfig) -> dict[str, object]:
+    """All fields, derived values filled in."""
+    return {**asdict(model), **shape(model), "moe_ffn_hidden_size": model.expert_ffn_size}
+
+
 def shape(model: ModelConfig) -> dict[str, object]:
-    """Every field that a weight's shape or use depends on, derived values filled in."""
+    """The main fields that a weight's shape or use depends on, derived values filled in: of the run's identity."""
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_slm.diagnose.policy_rules import kl_known
 from megatron_slm.diagnose.records import Records
 from megatron_slm.diagnose.rules import diagnose
 
@@ -139,6 +140,19 @@ def test_a_policy_that_goes_on_leaving_its_reference_is_named() -> None:
     assert "kl-blow-up" in free
     priced = found(learned(0, proxy, rate=0.8, start=-5.0 * proxy, price=0.3), "ppo")
     assert "kl-blow-up" not in priced
+
+
+@pytest.mark.parametrize(
+    ("stage", "price", "said"),
+    [
+        ("ppo", {"ppo_kl_coef": 0.05}, "needs 20 steps with objective/kl"),
+        ("ppo", {"ppo_kl_coef": 0.0}, "needs a reference: ppo.ppo_kl_coef above 0"),
+        ("grpo", {"grpo_kl_beta": 0.1}, "needs 20 steps with kl and completions/mean_length"),
+        ("grpo", {"grpo_kl_beta": 0.0}, "needs a reference: grpo.grpo_kl_beta above 0"),
+    ],
+)
+def test_a_short_run_with_a_reference_is_not_told_to_have_one(stage: str, price: dict[str, float], said: str) -> None:
+    assert kl_known(Records(Path("run"), {"stage": stage, stage: price}, [{"step": 1, "loss": 0.0}])) == said
 
 
 def test_length_that_pays_is_a_bias() -> None:

@@ -12,9 +12,10 @@ from megatron_slm.data.examples.encoding import ExampleEncoder
 from megatron_slm.data.examples.special_tokens import TemplateTokenizer
 from megatron_slm.data.examples.template import open_template
 from megatron_slm.data.tokenizer import Tokenizer
-from megatron_slm.errors import DataError
+from megatron_slm.errors import CheckpointError, DataError
 from megatron_slm.evaluate.compiled import compiled_task
 from megatron_slm.evaluate.items import Asker, windows
+from megatron_slm.run_eval import Wanted, evaluate
 from tests.example_files import byte_level, compiled, pieces, write_rows
 
 
@@ -101,6 +102,17 @@ def test_a_row_that_cannot_be_asked_is_named_by_its_line(
     with pytest.raises(DataError, match=problem) as refusal:
         asker(tokenizer).task(path)
     assert "two rows" in problem or f"{path}:2" in str(refusal.value)
+
+
+@pytest.mark.parametrize("verifier", ["nosuch", {"name": "nosuch"}, 3, "own.py:judge"])
+def test_an_unknown_verifier_is_refused_before_there_is_a_model(tmp_path: Path, verifier: Any) -> None:
+    rows = [{"prompt": "p", "verifier": "exact_match", "answer": "a"}, {"prompt": "p", "verifier": verifier}]
+    path = write_rows(tmp_path / "t.jsonl", rows)
+    with pytest.raises(DataError, match="it must name one of arithmetic") as refusal:
+        evaluate(tmp_path / "no_run", Wanted((path,)))
+    assert f"{path}:2" in str(refusal.value)
+    with pytest.raises(CheckpointError):
+        evaluate(tmp_path / "no_run", Wanted((path,), limit=1))
 
 
 def test_the_digest_is_of_what_is_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,3 +94,18 @@ def test_few_items_say_nothing_and_equal_ones_no_difference() -> None:
     assert paired_bootstrap(np.zeros(MIN_ITEMS), np.ones(MIN_ITEMS)).real
     same = paired_bootstrap(np.ones(50), np.ones(50))
     assert not same.real and math.isnan(same.detectable)
+
+
+def test_two_results_are_compared_without_torch(tmp_path: Path) -> None:
+    item = {"values": {"passed": 1, "samples": 1, "score": 1.0}}
+    task = {"name": "t", "kind": "generation", "digest": "d", "items": [item] * 20}
+    result = {"result_version": 1, "model": "m", "tokenizer_hash": "h", "settings": {}, "tasks": [task]}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    program = (
+        "import sys; from megatron_slm.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if {'torch', 'megatron'} & set(sys.modules) else code)"
+    )
+    command = [sys.executable, "-c", program, "eval", "compare", str(path), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "no real difference" in done.stdout, (done.returncode, done.stderr)

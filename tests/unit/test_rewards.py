@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from megatron_slm.errors import ConfigError
 from megatron_slm.evaluate.registry import OF_THE_ROW
 from megatron_slm.evaluate.rewards import Part, parts_of, total
 from megatron_slm.evaluate.verifier_pool import HOPELESS, VerifierPool
-from megatron_slm.evaluate.verifier_process import Asked
+from megatron_slm.evaluate.verifier_process import Asked, serve
 from megatron_slm.rollout.config import RolloutConfig
 
 OWN = """
@@ -92,6 +95,15 @@ def test_what_fails_has_no_score_and_the_others_have(pool: VerifierPool, own: Pa
     assert (found[1].value, found[10].value) == (0.5, 1.0)
     time.sleep(0.1)
     assert f"sleep 987.{os.getpid()}" not in command_lines()
+
+
+def test_a_process_whose_pool_is_gone_before_it_is_ready_ends_without_a_word() -> None:
+    ours, theirs = Pipe()
+    program = f"from {serve.__module__} import serve; serve({theirs.fileno()}, {os.getpid()}, ['regex'])"
+    process = subprocess.Popen([sys.executable, "-c", program], pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE)
+    ours.close()
+    theirs.close()
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == 0
 
 
 def test_a_verifier_that_always_hangs_is_given_up(own: Path) -> None:
@@ -177,6 +189,9 @@ def test_a_watched_reward_model_is_not_learned_from() -> None:
         (("regx=1",), (), "did you mean regex"),
         (("regex=1",), ("regex",), "twice"),
         (("model=1",), (), "rollout.reward_model"),
+        (("regex=1", "arithmetic=0"), (), "no part of the sum; name it in rollout.watched=arithmetic"),
+        (("regex=1",), ("nosuch",), "^rollout.watched: 'nosuch' is no verifier"),
+        (("nosuch",), ("regex",), "^rollout.rewards: 'nosuch' is no verifier"),
     ],
 )
 def test_rewards_that_make_no_sense_are_refused(
