@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,32 @@ def test_results_come_in_order_and_a_single_task_needs_no_process() -> None:
     assert list(map_in_order(abs, range(-20, 0), 2)) == list(range(20, 0, -1))
     assert list(map_in_order(lambda task: os.getpid(), [1], 8)) == [os.getpid()]
     assert list(map_in_order(abs, [], 8)) == []
+
+
+def _long_answer(task: int) -> bytes:
+    """Longer than any pipe's buffer: a worker is killed while it writes."""
+    return bytes(64 << 20)
+
+
+def test_a_worker_that_dies_in_the_middle_of_an_answer_is_noticed() -> None:
+    before = {child.pid for child in psutil.Process().children()}
+
+    def kill_the_workers() -> None:
+        while True:
+            own = [child for child in psutil.Process().children() if child.pid not in before]
+            workers = [child for child in own if "spawn_main" in " ".join(child.cmdline())]
+            if len(workers) == 2:
+                time.sleep(0.05)
+                for worker in workers:
+                    worker.kill()
+                return
+            time.sleep(0.01)
+
+    answers = map_in_order(_long_answer, range(1000), 2)
+    next(answers)
+    killer = threading.Thread(target=kill_the_workers)
+    killer.start()
+    with pytest.raises(ResumableError, match="A worker process died"):
+        for _ in answers:
+            pass
+    killer.join()

@@ -65,9 +65,9 @@ def map_in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -
 class _Crew:
     """A process pool that notices every dead worker.
 
-    Python 3.11's own pool can wait for ever when a worker dies while a task is being handed in: for a future that
-    nobody will fill, or for a worker that it started after it had ended the others (cpython issue 94777 and those
-    linked there). So the workers are looked at from here too.
+    Python 3.11's own pool can wait for ever when a worker dies while a task is being handed in or an answer given: for
+    a future that nobody will fill, for a worker that it started after it had ended the others (cpython issue 94777 and
+    those linked there), or for the rest of an answer. So the workers are looked at from here too.
     """
 
     def __init__(self, workers: int, function: Callable[[Any], Any]) -> None:
@@ -89,8 +89,13 @@ class _Crew:
         return future.result()
 
     def kill(self) -> None:
+        """After this the pool can be shut down, whatever its own thread waits for."""
         for worker in set(multiprocessing.active_children()) - self._others:
             worker.kill()
+        # A worker that died while it answered leaves half an answer, whose end the pool's thread would await for ever:
+        # this process holds the pipe's writing end too.
+        answers: Any = self.pool._result_queue
+        answers._writer.close()
 
 
 def _begin(function: Callable[[Any], Any]) -> None:
