@@ -156,7 +156,8 @@ def test_the_examples_of_the_data_verbs_work_as_typed(
     Path("books.jsonl").write_text(text)
     chats = [json.dumps({"prompt": f"Question {number}?", "completion": "Answer."}) for number in range(8)]
     Path("chats.jsonl").write_text("\n".join(chats))
-    verbs = [name for name in VERBS if name.startswith("data ")]
+    # A teacher is a trained run: tests/dist/test_stored_teacher.py.
+    verbs = [name for name in VERBS if name.startswith("data ") and name != "data teacher"]
     assert verbs[0] == "data prepare", "the others read what it writes"
     for name in verbs:
         assert main([*name.split(), "--help"]) == 0
