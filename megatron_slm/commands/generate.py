@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_slm.commands.command import EXIT_OK, Verb, parser_of, path_of
+from megatron_slm.commands.model_ranks import on_ranks_of
 from megatron_slm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -40,33 +40,11 @@ def generate(name: str, tokens: Sequence[str]) -> int:
     if own.chat:
         return _chat(own)
     prompts = [own.prompt] if own.prompt is not None else read_prompts(own.prompts)
-    from megatron_slm import run_generate
-    from megatron_slm.launch.environment import from_environment
-
-    if own.one_rank or (ranks := run_generate.ranks_of(own.run)) == 1:
-        return _say(own, prompts, None)
-
-    def entry(environment: RankEnvironment) -> int:
-        return _say(own, prompts, environment)
-
-    if (environment := from_environment(os.environ)) is not None:
-        from megatron_slm.launch.rank import run_rank
-
-        return run_rank(environment, entry)
-    from megatron_slm.launch.local import run_local
-    from megatron_slm.parallel.device import choose_device, preload
-
-    def preload_speaker() -> None:
-        preload("cpu")
-        for module in ("torch._dynamo", "megatron_slm.rollout.generate", "megatron_slm.train.checkpoint"):
-            importlib.import_module(module)  # once here instead of once in every rank
-
-    return run_local(
-        ranks,
-        entry,
-        preload=preload_speaker,
-        warm=lambda: choose_device("auto") == "cpu",
-        command=[sys.executable, "-m", "megatron_slm.cli", "generate", *tokens],
+    return on_ranks_of(
+        own.run,
+        lambda environment: _say(own, prompts, environment),
+        ["generate", *tokens],
+        one_rank=own.one_rank,
     )
 
 

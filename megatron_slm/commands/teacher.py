@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_slm.commands.command import EXIT_OK, Verb, parser_of, path_of, stopped_by_sigterm
+from megatron_slm.commands.model_ranks import on_ranks_of
 from megatron_slm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,37 +29,17 @@ def data_teacher(name: str, tokens: Sequence[str]) -> int:
         raise ConfigError(f"--top-k {own.top_k} and --batch-size {own.batch_size} must be at least 1.")
     if not 0 < own.temperature < float("inf"):  # nan is refused too
         raise ConfigError(f"--temperature {own.temperature} must be above 0 and finite.")
-    from megatron_slm import run_generate
-    from megatron_slm.launch.environment import from_environment
     from megatron_slm.run_teacher import Wanted
 
     wanted = Wanted(own.run, own.examples, own.output, own.top_k, own.temperature, own.batch_size)
-    if own.one_rank or (ranks := run_generate.ranks_of(own.run)) == 1:
+
+    def work(environment: RankEnvironment | None) -> int:
+        if environment is not None:
+            return _store(wanted, environment)
         with stopped_by_sigterm():
             return _store(wanted, None)
 
-    def entry(environment: RankEnvironment) -> int:
-        return _store(wanted, environment)
-
-    if (environment := from_environment(os.environ)) is not None:
-        from megatron_slm.launch.rank import run_rank
-
-        return run_rank(environment, entry)
-    from megatron_slm.launch.local import run_local
-    from megatron_slm.parallel.device import choose_device, preload
-
-    def preload_teacher() -> None:
-        preload("cpu")
-        for module in ("torch._dynamo", "megatron_slm.rollout.generate", "megatron_slm.train.checkpoint"):
-            importlib.import_module(module)  # once here instead of once in every rank
-
-    return run_local(
-        ranks,
-        entry,
-        preload=preload_teacher,
-        warm=lambda: choose_device("auto") == "cpu",
-        command=[sys.executable, "-m", "megatron_slm.cli", "data", "teacher", *tokens],
-    )
+    return on_ranks_of(own.run, work, ["data", "teacher", *tokens], one_rank=own.one_rank)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
