@@ -29,12 +29,13 @@ def run_local(
     preload: Callable[[], None],
     warm: bool | Callable[[], bool],
     command: Sequence[str] | None = None,
+    heard: Callable[[str], None] = lambda said: None,
 ) -> int:
     """Start ``world_size`` ranks on this machine and stay until all have ended. Main thread only.
 
-    A rank that raises, exits or is killed ends the run within 10 s; standard error then names the first one and shows
-    its traceback. SIGTERM, SIGUSR1 and Ctrl-C reach the ranks once, as SIGTERM; a second Ctrl-C kills them. If this
-    process is killed the ranks die with it.
+    A rank that raises, exits or is killed ends the run within 10 s; standard error then names the first with its
+    traceback. SIGTERM, SIGUSR1 and Ctrl-C reach the ranks once, as SIGTERM; a second Ctrl-C kills them. If this process
+    is killed the ranks die with it.
 
     Args:
         world_size: number of ranks.
@@ -46,10 +47,11 @@ def run_local(
             context does not survive a fork; that program finds its rank with ``from_environment`` and does its work
             through ``run_rank``.
         command: program and arguments of a fresh rank; default the same ``mslm`` command as this process.
+        heard: is told what standard error is told of the end.
 
     Returns:
-        0 all ranks returned 0; 75 all stopped after a clean save; 2 a rank raised a UserError (its message is printed
-        once); the ranks' own code where they return another one; 1 anything else.
+        0 all ranks returned 0; 75 all stopped after a clean save; 2 a rank raised a UserError (its message is said
+        once); the ranks' own code where they return another; 1 anything else.
 
     Raises:
         LaunchError: a process could not be started, or ``world_size`` is below 1. Also whatever ``preload`` raises.
@@ -71,7 +73,9 @@ def run_local(
                 environment = _environment(slot, world_size, reserved.getsockname()[1])
                 work = _forked(environment, entry) if forks else _fresh(environment, command or _same_command())
                 ranks.append(_start(environment.rank, world_size, work))
-            return supervise(ranks, stop)
+            code, said = supervise(ranks, stop)
+            heard(said)
+            return code
         except KeyboardInterrupt:
             print("mslm: killed by a second Ctrl-C; the steps since the last checkpoint are lost", file=sys.stderr)
             return 1

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_slm.errors import UserError
 from megatron_slm.launch.environment import RankEnvironment
+from megatron_slm.launch.network import lost_peer
 
 MAX_TRACEBACK_LINES = 60
 # Another rank's input error is usually the same one; rank 0 gets this long to say it for all and to end the others.
@@ -57,6 +58,8 @@ def of_exception(error: BaseException) -> Report:
     """The rank's work raised ``error``."""
     if isinstance(error, UserError):
         return Report("refused", time.monotonic(), error.exit_code, str(error))
+    if lost := lost_peer(error):
+        return Report("refused", time.monotonic(), 1, lost)
     summary = "".join(traceback.format_exception_only(error)).strip().splitlines() or [type(error).__name__]
     return Report("raised", time.monotonic(), 1, summary[0][:1000], _last_lines(error))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_slm.errors import EXIT_HUNG
 from megatron_slm.launch import report
 from megatron_slm.launch.signals import STOP_SIGNALS
 
@@ -82,7 +83,7 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one rank did not end well. ``signal`` is the signal that killed it, if one did."""
+    """Why one rank did not end well. ``signal`` killed it, or the process ended with ``exit_code``, without a word."""
 
     rank: int
     at_s: float
@@ -91,6 +92,7 @@ class Failure:
     message: str
     traceback: str = ""
     signal: int | None = None
+    exit_code: int | None = None
 
     @property
     def is_consequence(self) -> bool:
@@ -152,7 +154,8 @@ class RankProcess:
             return None
         crash_stack = self.received.decode(errors="replace").strip()
         number = -self.exit_code if self.exit_code < 0 else None
-        return Failure(self.rank, self.ended_at_s, "vanished", 1, _how(self.exit_code), crash_stack, number)
+        how = _how(self.exit_code)
+        return Failure(self.rank, self.ended_at_s, "vanished", 1, how, crash_stack, number, self.exit_code)
 
 
 def _how(exit_code: int) -> str:
@@ -164,8 +167,8 @@ def _how(exit_code: int) -> str:
     return f"killed by signal {number} ({name}){hint}"
 
 
-def supervise(ranks: Sequence[RankProcess], stop: StopSignals) -> int:
-    """Wait for all ranks; returns the exit code of the run, having said on standard error why it is not 0.
+def supervise(ranks: Sequence[RankProcess], stop: StopSignals) -> tuple[int, str]:
+    """Wait for all ranks; returns the exit code of the run and why it is not 0, said on standard error.
 
     When one rank fails the others are ended, within 10 s of it. Raises KeyboardInterrupt at a second Ctrl-C.
     """
@@ -189,7 +192,10 @@ def supervise(ranks: Sequence[RankProcess], stop: StopSignals) -> int:
     # Beside a refusal the others have nothing to save, and would print torch's stack where they wait for each other.
     refused = any(failure.kind == "refused" and failure.code == EXIT_REFUSED for failure in failures)
     end(ranks, grace_s=0.0 if refused else GRACE_S)
-    return _verdict(ranks, failures, stop)
+    code, said = _verdict(ranks, failures, stop)
+    if said:
+        _say(said)
+    return code, said
 
 
 def _patience_s(failures: Sequence[Failure]) -> float:
@@ -217,29 +223,28 @@ def end(ranks: Sequence[RankProcess], *, grace_s: float) -> None:
             )
 
 
-def _verdict(ranks: Sequence[RankProcess], failures: Sequence[Failure], stop: StopSignals) -> int:
+def _verdict(ranks: Sequence[RankProcess], failures: Sequence[Failure], stop: StopSignals) -> tuple[int, str]:
+    """The exit code of the run, and what is to be said about it."""
     if not failures:
         codes = {rank.report.code for rank in ranks if rank.report is not None}
         if len(codes) == 1:
-            return codes.pop()
+            return codes.pop(), ""
         each = ", ".join(f"rank {rank.rank}: {rank.report.code}" for rank in ranks if rank.report is not None)
-        _say(f"the ranks disagree about how the run ended (exit codes {each})")
-        return 1
+        return 1, f"the ranks disagree about how the run ended (exit codes {each})"
     culprit = min(failures, key=lambda failure: (failure.is_consequence, failure.kind == "returned", failure.at_s))
+    if culprit.exit_code == EXIT_HUNG:
+        return 1, "the watchdog has ended the run, as said above"
     if culprit.kind == "refused":
         messages = {failure.message: None for failure in failures if failure.kind == "refused"}
-        _say("\n".join(messages))
-        return culprit.code
+        return culprit.code, "\n".join(messages)
     who = f"rank {culprit.rank} of {len(ranks)}"
     if culprit.kind == "returned":
-        if len(failures) < len(ranks):
-            _say(f"{who} ended with exit code {culprit.code}; the others did not follow and were ended")
-        return culprit.code
+        alone = f"{who} ended with exit code {culprit.code}; the others did not follow and were ended"
+        return culprit.code, alone if len(failures) < len(ranks) else ""
     if stop.received is not None and culprit.signal == signal.SIGTERM:
-        _say(f"stopped by {stop.name} outside the training loop ({who} had nothing to finish); what was saved is kept")
-        return EXIT_STOPPED
-    _say(f"{who} died: {culprit.message}" + (f"\n{culprit.traceback}" if culprit.traceback else ""))
-    return 1
+        nothing = f"stopped by {stop.name} outside the training loop ({who} had nothing to finish)"
+        return EXIT_STOPPED, f"{nothing}; what was saved is kept"
+    return 1, f"{who} died: {culprit.message}" + (f"\n{culprit.traceback}" if culprit.traceback else "")
 
 
 def _say(text: str) -> None:

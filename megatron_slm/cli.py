@@ -24,6 +24,7 @@ from megatron_slm.commands import (
     memory,
     plan,
     replay,
+    restart,
     teacher,
     training,
     verify,
@@ -44,6 +45,7 @@ VERBS: Mapping[str, Verb] = {
     **plan.VERBS,
     **replay.VERBS,
     **doctor.VERBS,
+    **restart.VERBS,
     **diagnose.VERBS,
     **evaluation.VERBS,
 }

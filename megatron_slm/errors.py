@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+EXIT_HUNG = 70
+"""Of a rank that its watchdog ends; whoever started the ranks ends with 1."""
+
 
 class UserError(Exception):
     """The input was refused and nothing was done. The message names the rule, the value and the way out."""
@@ -71,3 +74,9 @@ class FaultError(UserError):
 
 class LaunchError(UserError):
     """The ranks cannot be started as asked."""
+
+
+class NetworkError(UserError):
+    """An exchange between ranks has ended because one of them, or the way to it, is lost."""
+
+    exit_code = 1

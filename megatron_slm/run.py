@@ -33,7 +33,7 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.fp8 import require_engine
 from megatron_slm.parallel.groups import process_groups
 from megatron_slm.parallel.layout import Layout
-from megatron_slm.run_beside import beside_of, inputs_of, require_isolated_documents
+from megatron_slm.run_beside import Beside, beside_of, inputs_of, require_isolated_documents
 from megatron_slm.run_data import Data, data_record, identity, open_data
 from megatron_slm.run_examples import example_loader, open_examples
 from megatron_slm.run_hooks import (
@@ -50,9 +50,11 @@ from megatron_slm.run_model import BuiltModel, build_model
 from megatron_slm.run_parts import Run
 from megatron_slm.run_policy import own_parts
 from megatron_slm.run_stage import loss_of
+from megatron_slm.run_watch import failures_noted, watching_hooks
 from megatron_slm.train import run_directory
 from megatron_slm.train.ema import Ema
 from megatron_slm.train.guard import Guard
+from megatron_slm.train.hook import Hook
 from megatron_slm.train.loop import run_loop
 from megatron_slm.train.origin import Origin, restore, verify_origin
 from megatron_slm.train.run_directory import RunDirectory
@@ -74,28 +76,35 @@ def train(resolved: Resolved, environment: RankEnvironment, *, fresh: bool = Fal
         UserError: the configuration, the data or the checkpoint is refused; nothing was changed.
     """
     config = resolved.config
-    with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run):
+    with assembled(resolved, environment, fresh=fresh) as run, memory_explained(run), failures_noted(run):
         beside = beside_of(run)
         require_isolated_documents(run, beside)
         return run_loop(
             run.state,
             run.plan,
             inputs_of(run, beside),
-            build_hooks(
-                resolved,
-                run.data,
-                run.plan,
-                run.state,
-                layout=run.layout,
-                directory=run.directory,
-                log=run.log,
-                beside=beside,
-            ),
+            hooks_of(run, beside),
             train_iters=config.train.train_iters,
             should_stop=stop_rule(config, run.stop),
             guard=Guard(config.train, run.state.records.get("guard")),
             interventions=build_interventions(resolved, run.data, run.loader, run.layout, run.directory, run.log),
         )
+
+
+def hooks_of(run: Run, beside: Beside) -> list[Hook]:
+    """Everything that takes part in the run beside its steps, in the order in which it is told of them."""
+    first, behind = watching_hooks(run)
+    own = build_hooks(
+        run.resolved,
+        run.data,
+        run.plan,
+        run.state,
+        layout=run.layout,
+        directory=run.directory,
+        log=run.log,
+        beside=beside,
+    )
+    return [*first, *own, *behind]
 
 
 def memory_explained(run: Run) -> AbstractContextManager[None]:

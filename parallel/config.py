@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from megatron_slm.config.option import option
 
+_HANG_SHARE = 0.8
+"""Of the time-out of a collective: before it, every rank can still say where it stands."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -59,6 +62,19 @@ class ParallelConfig:
         None, "collectives; default nccl on cuda, gloo on cpu", choices=("nccl", "gloo")
     )
     distributed_timeout_minutes: float = option(10.0, "a collective that waits longer ends the run", minimum=0.01)
+    hang_timeout_minutes: float | None = option(
+        None,
+        "a job in which no rank has moved on for so long is ended, and who waits for whom is said; 0 switches it off; "
+        "default 0.8 of distributed_timeout_minutes",
+        minimum=0.0,
+    )
+
+    @property
+    def hang_timeout(self) -> float:
+        """Minutes without progress after which a job is ended; 0 for never."""
+        if self.hang_timeout_minutes is None:
+            return _HANG_SHARE * self.distributed_timeout_minutes
+        return self.hang_timeout_minutes
 
     @property
     def expert_tp_size(self) -> int:

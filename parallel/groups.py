@@ -50,7 +50,7 @@ def build_groups(config: ParallelConfig) -> ProcessGroupCollection:
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=config.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
         create_gloo_process_groups=False,
     )
     return ProcessGroupCollection.use_mpu_process_groups()

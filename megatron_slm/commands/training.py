@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_slm.commands import downscaled
+from megatron_slm.commands import downscaled, restart
 from megatron_slm.commands.command import (
     EXIT_OK,
     EXIT_REFUSED,
@@ -35,7 +35,8 @@ def train(name: str, tokens: Sequence[str]) -> int:
     """``mslm train``: every rank runs this under a launcher; without one, this process starts the ranks."""
     parser = parser_of(
         name,
-        "[CONFIG] [key=value | --flag ...] [--fresh | --lr-range-test [LOW:HIGH] | --downscale [--ranks N]]",
+        "[CONFIG] [key=value | --flag ...] [--fresh | --lr-range-test [LOW:HIGH] | --downscale [--ranks N]] "
+        "[--restarts N]",
         "Train a model. A run whose directory exists is resumed. Under torchrun, srun or mpirun every process is one "
         "rank; otherwise mslm starts the ranks on this machine.",
         example="mslm train --preset tiny --data-path corpus --train-iters 100",
@@ -55,6 +56,14 @@ def train(name: str, tokens: Sequence[str]) -> int:
         "instead, shrink the job to a few ranks of this machine with its structure kept, print what was changed, and "
         "train that for a few steps; in runs of their own below NAME-downscaled, started anew each time",
     )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start the ranks of this machine again from the newest checkpoint, at most N times over the run's life, "
+        "when one dies or all hang; a crash loop is recognised and ends it",
+    )
     own, rest = parser.parse_known_args(_with_range(tokens))
     from megatron_slm.launch.environment import from_environment
 
@@ -62,7 +71,18 @@ def train(name: str, tokens: Sequence[str]) -> int:
     if (ranks := downscaled.ranks_of(own)) is not None:
         return _train_downscaled(rest, ranks, own, environment)
     if environment is None:
-        return start_ranks(accepted(rest, None), ["train", *tokens], own)
+        resolved = accepted(rest, None)
+
+        def start(again: bool, heard: Callable[[str], None]) -> int:
+            chosen = argparse.Namespace(**{**vars(own), "fresh": own.fresh and not again})
+            return start_ranks(resolved, ["train", *tokens], chosen, heard)
+
+        return restart.until_done(resolved, own.restarts, start)
+    if own.restarts:
+        raise ConfigError(
+            f"--restarts starts the ranks of this machine again, but {environment.launcher} has started this one; let "
+            "that launcher do so (torchrun --max-restarts, launch/slurm.sh)"
+        )
     from megatron_slm.launch.rank import run_rank
 
     def entry(environment: RankEnvironment) -> int:
@@ -136,12 +156,18 @@ def _with_range(tokens: Sequence[str]) -> list[str]:
     return filled
 
 
-def start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namespace) -> int:
+def start_ranks(
+    resolved: Resolved,
+    command: Sequence[str],
+    own: argparse.Namespace,
+    heard: Callable[[str], None] = lambda said: None,
+) -> int:
     """Start the ranks on this machine and wait for them.
 
     Args:
         command: the verb with its tokens, for ranks that cannot be forked.
         own: the options of ``train``.
+        heard: is told what is said about the end of the ranks.
     """
     from megatron_slm.launch.local import run_local
     from megatron_slm.parallel.device import choose_device, preload
@@ -167,6 +193,7 @@ def start_ranks(resolved: Resolved, command: Sequence[str], own: argparse.Namesp
         preload=preload_run,
         warm=lambda: choose_device(parallel.device) == "cpu",
         command=[sys.executable, "-m", "megatron_slm.cli", *command],
+        heard=heard,
     )
 
 

@@ -156,5 +156,10 @@ class LogConfig:
     memory_ledger: bool = option(
         False, "measure the memory of one early step and write it, beside the prediction, into the run's memory/"
     )
+    straggler_interval: int | None = option(
+        50,
+        "steps between comparisons of how busy the ranks are; one that is slow is named; none switches it off",
+        minimum=1,
+    )
     tensorboard: bool = option(True, "write TensorBoard events into the run's directory")
     progress_bar: bool = option(True, "show a progress bar when standard error is a terminal")

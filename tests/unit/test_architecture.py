@@ -41,7 +41,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("run_judge",),
     ("run_beside",),
     ("run_validation",),
-    ("run_hooks",),
+    ("run_hooks", "run_watch"),
     ("run", "run_generate"),
     ("run_dry_stage",),
     ("run_lr_range", "run_dry", "run_eval", "run_teacher", "convert"),
@@ -49,7 +49,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("cli",),
 )
-BESIDE = ("replay", "diagnose", "doctor")
+BESIDE = ("replay", "diagnose", "doctor", "survival")
 """They stand where `memory`, `plan`, `overlap` stand; neither group imports the other."""
 
 ARITHMETIC = ("megatron_slm.parallel.layout", "megatron_slm.model.counts", "megatron_slm.train.batch_size")
