@@ -19,6 +19,7 @@ import psutil
 from megatron_slm.survival.restart import STARTED_VARIABLE
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.metrics import read_records
+from megatron_slm.train.metrics_writer import stop_when_full
 from megatron_slm.train.run_directory import RunDirectory
 
 FILE = "attempts.jsonl"
@@ -121,5 +122,6 @@ class Goodput(Hook):
         text = "".join(json.dumps(asdict(one)) + "\n" for one in [*self._before, self._own])
         path = self._directory.path / FILE
         partial = path.with_name(f".{FILE}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with stop_when_full(self._directory.path):
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_slm.errors import CheckpointError, UserError
+from megatron_slm.errors import CheckpointError, LogError, UserError
 from megatron_slm.train.publish import published
 
 FILE = "restarts.jsonl"
@@ -61,6 +61,7 @@ def after_end(directory: Path, code: int, *, max_restarts: int = MAX_RESTARTS, c
 
     Raises:
         CheckpointError: there is no such directory.
+        LogError: nothing can be written there.
     """
     if code == EXIT_STOPPED:
         return Decision(True, 0.0, "stopped after a clean save")
@@ -73,8 +74,14 @@ def after_end(directory: Path, code: int, *, max_restarts: int = MAX_RESTARTS, c
     said = cause or said_cause(directory) or _NO_CAUSE.format(code=code)
     newest = max(published(directory / "checkpoints"), default=None)
     end = End(time.time(), code, newest, said.splitlines()[0][:_LONGEST_CAUSE])
-    with (directory / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(end)) + "\n")
+    try:
+        with (directory / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(end)) + "\n")
+    except OSError as error:
+        raise LogError(
+            f"{directory} cannot be written ({error.strerror or error}), so the run would fail again; make room there, "
+            f"and start it by hand. It has ended with: {end.cause}"
+        ) from error
     return decide(read_ends(directory), max_restarts)
 
 

@@ -32,7 +32,7 @@ P = ParamSpec("P")
 
 
 @contextmanager
-def _stop_when_full(directory: Path) -> Iterator[None]:
+def stop_when_full(directory: Path) -> Iterator[None]:
     """A run that can no longer say what it does stops; its checkpoints stay as they are.
 
     Raises:
@@ -55,7 +55,7 @@ def _on_disk(method: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         writer: Any = args[0]
-        with _stop_when_full(writer._run.path):
+        with stop_when_full(writer._run.path):
             method(*args, **kwargs)
 
     return guarded

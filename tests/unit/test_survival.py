@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.commands import restart as verbs
-from megatron_slm.errors import CheckpointError
+from megatron_slm.errors import CheckpointError, LogError
 from megatron_slm.launch.network import lost_peer
 from megatron_slm.survival.hang import Standing, judge
 from megatron_slm.survival.place import Place
@@ -179,3 +179,9 @@ def test_the_verb_prints_the_pause_first(tmp_path: Path, capsys: pytest.CaptureF
     assert code == 1 and "crash loop" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match="is not a run's directory"):
         verbs.restart("restart", [str(tmp_path / "none"), "--code", "1"])
+
+
+def test_a_run_that_cannot_be_written_is_not_started_again(tmp_path: Path) -> None:
+    (tmp_path / "restarts.jsonl").mkdir()
+    with pytest.raises(LogError, match="cannot be written .*so the run would fail again.*exit code 1"):
+        after_end(tmp_path, 1)
