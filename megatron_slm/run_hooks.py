@@ -22,6 +22,7 @@ from megatron_slm.parallel import device as device_seam
 from megatron_slm.parallel.gradients import gathered_parameters
 from megatron_slm.parallel.groups import background_group
 from megatron_slm.parallel.layout import AXES, Layout
+from megatron_slm.profile.watch import StepProfile
 from megatron_slm.replay import capsule, manifest, source
 from megatron_slm.replay.again import Passes
 from megatron_slm.replay.kept import TOKENIZER
@@ -67,7 +68,11 @@ def build_hooks(
     At the end they are called in reverse: the save comes first, the log closes last.
     """
     config = resolved.config
-    hooks: list[Hook] = [router_statistics(config, log)] if config.model.num_moe_experts is not None else []
+    hooks: list[Hook] = []
+    if (steps := config.profile.chosen) is not None:
+        told = log.say if log is not None else lambda line: None
+        hooks.append(StepProfile(config.profile, steps, plan, directory.path, told))
+    hooks += [router_statistics(config, log)] if config.model.num_moe_experts is not None else []
     hooks += [log] if log is not None else []
     if config.log.memory_ledger:
         command = memory_command(config, directory, layout, plan.device, data.tokenizer.vocab_size)

@@ -8,6 +8,7 @@ from megatron_slm.config.option import option
 from megatron_slm.data.config import DataConfig, TokenizerConfig
 from megatron_slm.model.config import LoraConfig, ModelConfig
 from megatron_slm.parallel.config import ParallelConfig
+from megatron_slm.profile.config import ProfileConfig
 from megatron_slm.replay.config import ReplayConfig
 from megatron_slm.rollout.config import RolloutConfig
 from megatron_slm.stages.config import DistillConfig, DpoConfig, GrpoConfig, PpoConfig, RewardConfig, SftConfig
@@ -41,6 +42,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -44,12 +44,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("run_hooks", "run_watch"),
     ("run", "run_generate"),
     ("run_dry_stage",),
-    ("run_lr_range", "run_dry", "run_eval", "run_teacher", "convert"),
+    ("run_lr_range", "run_profile", "run_dry", "run_eval", "run_teacher", "convert"),
     ("verify",),
     ("commands",),
     ("cli",),
 )
-BESIDE = ("replay", "diagnose", "doctor", "survival")
+BESIDE = ("replay", "profile", "diagnose", "doctor", "survival")
 """They stand where `memory`, `plan`, `overlap` stand; neither group imports the other."""
 
 ARITHMETIC = ("megatron_slm.parallel.layout", "megatron_slm.model.counts", "megatron_slm.train.batch_size")
