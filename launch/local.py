@@ -44,8 +44,7 @@ def run_local(
             tensor op. Not called where ``warm`` is false.
         warm: fork the ranks from this process, for CPU ranks, or a function that says so: it may import torch, which
             reads the number of threads that is set before. False starts ``command`` once per rank, because a CUDA
-            context does not survive a fork; that program finds its rank with ``from_environment`` and does its work
-            through ``run_rank``.
+            context does not survive a fork; that program calls ``from_environment`` and ``run_rank``.
         command: program and arguments of a fresh rank; default the same ``mslm`` command as this process.
         heard: is told what standard error is told of the end.
 
