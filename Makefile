@@ -3,6 +3,7 @@
 #   make demo-align  SFT, reward model, DPO, GRPO on a small task, before and after
 #   make test    ruff, mypy, pytest
 #   make test-full  the same with every layout, schedule and signal
+#   make test-cluster  jobs on a real Slurm of three nodes on this machine, mpirun, torchrun; installs Slurm (root, apt)
 #   make bench   every benchmark in full; writes docs/benchmarks.md
 #   make lint    ruff and mypy alone
 #   make clean   remove the environment and the caches; runs/ is kept
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 
 export PYTHON
 .DELETE_ON_ERROR:
-.PHONY: demo demo-align test test-full bench lint clean environment help
+.PHONY: demo demo-align test test-full test-cluster bench lint clean environment help
 
 demo: $(STAMP)
 	$(BIN)/python examples/kjv/demo.py
@@ -26,7 +27,15 @@ demo-align: $(STAMP)
 
 # One compute thread in each process: the tests run several ranks on one machine.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# Part of `make test` too where Slurm is installed.
+test-cluster: $(STAMP)
+	@if command -v slurmctld > /dev/null && command -v munged > /dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; \
+	else echo "Slurm is not installed, and installing it needs root and apt: its tests are skipped."; fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -rs
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/run_all.py

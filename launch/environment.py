@@ -124,6 +124,7 @@ def _from_torch(environ: Mapping[str, str]) -> RankEnvironment:
     named = environ.get(LAUNCHER_VARIABLE, "torchrun")
     launcher: Launcher = next((known for known in get_args(Launcher) if known == named), "torchrun")
     _require(environ, _TORCH_VARIABLES, "torchrun (or a script that sets its variables)")
+    _require_new_store(environ)
     world_size = _integer(environ, "WORLD_SIZE")
     return RankEnvironment(
         rank=_integer(environ, "RANK"),
@@ -135,6 +136,23 @@ def _from_torch(environ: Mapping[str, str]) -> RankEnvironment:
         master_port=_integer(environ, "MASTER_PORT"),
         launcher=launcher,
     )
+
+
+def _require_new_store(environ: Mapping[str, str]) -> None:
+    """Refuse a torchrun whose restarted ranks would read the addresses of the dead ones (torch 2.13).
+
+    Its agent keeps one store for all restarts, and torch puts every rank's address there under the same name.
+
+    Raises:
+        LaunchError: names the variable.
+    """
+    restarts = environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise LaunchError(
+            f"torchrun --max-restarts={restarts} keeps one store for all restarts, where the new ranks would meet the "
+            "addresses of the dead ones. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun (--rdzv-backend=c10d or "
+            "--standalone), or leave --max-restarts out."
+        )
 
 
 def _is_slurm_rank(environ: Mapping[str, str]) -> bool:

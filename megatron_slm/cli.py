@@ -26,6 +26,7 @@ from megatron_slm.commands import (
     profile,
     replay,
     restart,
+    slurm,
     teacher,
     training,
     verify,
@@ -48,6 +49,7 @@ VERBS: Mapping[str, Verb] = {
     **replay.VERBS,
     **doctor.VERBS,
     **restart.VERBS,
+    **slurm.VERBS,
     **diagnose.VERBS,
     **evaluation.VERBS,
 }

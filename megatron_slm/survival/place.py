@@ -6,7 +6,7 @@ another thread can look at the frames that called it, and at the group that was 
 
 from __future__ import annotations
 
-import linecache
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -101,7 +101,16 @@ def _first_outside(stack: list[FrameType]) -> int:
 def _waits_for_work(frame: FrameType) -> bool:
     """Whether the line waits for an exchange that was started before."""
     name = frame.f_code.co_filename
-    return not _in_python(frame) and _WAIT in linecache.getline(name, frame.f_lineno)
+    return not _in_python(frame) and _WAIT in _source_line(name, frame.f_lineno)
+
+
+def _source_line(name: str, number: int) -> str:
+    """A line of a source file; empty where there is none. ``linecache`` is not for two threads at once."""
+    try:
+        with open(name, encoding="utf-8", errors="replace") as source:
+            return next(itertools.islice(source, number - 1, number), "")
+    except OSError:
+        return ""
 
 
 def _ranks(stack: list[FrameType]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ none was added are one trouble, and are the sooner given up the more alike they 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -90,7 +91,7 @@ def decide(ends: Sequence[End], max_restarts: int) -> Decision:
     newest = ends[-1]
     stuck = _without_progress(ends)
     where = "no checkpoint" if newest.checkpoint is None else f"the checkpoint of step {newest.checkpoint}"
-    alike = [end for end in stuck if end.cause == newest.cause]
+    alike = [end for end in stuck if _kind_of(end.cause) == _kind_of(newest.cause)]
     if len(alike) >= ALIKE:
         return Decision(
             False, 0.0, f"crash loop: {len(alike)} starts from {where} ended in the same way, the last: {newest.cause}"
@@ -138,6 +139,11 @@ def said_cause(directory: Path, *, watchdog: bool = False) -> str:
     # Who lost a peer is seldom to blame for it.
     asked = (_HUNG,) if watchdog else (_HUNG, _FAILED, _LOST)
     return next((said[event] for event in asked if event in said), "")
+
+
+def _kind_of(cause: str) -> str:
+    """The cause without the step at which it struck."""
+    return re.sub(r"\bstep \d+", "step", cause)
 
 
 def _without_progress(ends: Sequence[End]) -> list[End]:

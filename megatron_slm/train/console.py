@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -117,3 +117,9 @@ def append_progress(progress: Path, event: str, *, world_size: int, now: datetim
     job = os.environ.get("SLURM_JOB_ID", "")
     with progress.open("a", encoding="utf-8") as file:
         file.write(f"{now:%Y-%m-%d %H:%M:%S}\tJob ID: {job}\t# GPUs: {world_size}\t{event}\n")
+
+
+def restarts_text(environ: Mapping[str, str]) -> str:
+    """How often Slurm or torchrun has started this job again, for ``progress.txt``; empty for the first time."""
+    count = environ.get("SLURM_RESTART_COUNT") or environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    return "" if count == "0" else f"\tRestart: {count}"

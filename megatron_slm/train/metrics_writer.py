@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,6 +19,7 @@ from megatron_slm.train.console import (
     append_progress,
     capped_perplexity,
     iteration_line,
+    restarts_text,
     validation_lines,
 )
 from megatron_slm.train.hook import Hook, StepResult
@@ -113,7 +115,7 @@ class MetricsWriter(Hook):
     @_on_disk
     def before_run(self, state: Any) -> None:
         """Note the start in ``progress.txt``."""
-        self._progress(f"Starting job\tIteration: {self._step}")
+        self._progress(f"Starting job\tIteration: {self._step}{restarts_text(os.environ)}")
 
     def beside_step(self, values: dict[str, Any]) -> None:
         """Values that belong to the next step's record; its numbers are also printed, and go to TensorBoard."""

@@ -23,6 +23,8 @@ from megatron_slm.config.load import Resolved
 from megatron_slm.errors import CheckpointError
 
 IDENTITY = "identity.json"
+BESIDE_RUN = ("slurm", "restarts.jsonl")
+"""What a launcher may have written there before the run itself has begun."""
 PACKAGES = ("megatron-slm", "megatron-core", "torch", "numpy", "pyarrow", "sentencepiece", "transformer-engine")
 
 
@@ -208,7 +210,8 @@ def _keep_previous(path: Path, records: Mapping[str, str]) -> None:
 
 def _check_identity(path: Path, fields: dict[str, Any]) -> None:
     # A start that was interrupted before its first rename has left a partial file, and nothing of value.
-    if not path.exists() or (path.is_dir() and all(entry == _partial(path / IDENTITY) for entry in path.iterdir())):
+    early = {_partial(path / IDENTITY).name, *BESIDE_RUN}
+    if not path.exists() or (path.is_dir() and all(entry.name in early for entry in path.iterdir())):
         return
     remedy = "Choose another name=, or --fresh to move the old run aside and start anew."
     try:

@@ -47,6 +47,15 @@ def test_torchrun() -> None:
     assert from_environment({**SRUN, **TORCHRUN}) == expected, "torchrun inside a Slurm step is torchrun"
 
 
+def test_torchrun_with_restarts_needs_a_new_store_for_each() -> None:
+    """tests/cluster/test_launchers.py kills a rank under it; without the variable the restarted ranks never meet."""
+    elastic = {**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(LaunchError, match="--max-restarts=3 .* TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        from_environment(elastic)
+    for allowed in ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, {"TORCHELASTIC_MAX_RESTARTS": "0"}):
+        assert from_environment({**elastic, **allowed}) is not None
+
+
 def test_torchrun_without_local_world_size_is_one_machine() -> None:
     environment = from_environment(without(TORCHRUN, "LOCAL_WORLD_SIZE"))
     assert environment is not None and environment.local_world_size == 8, "hand-written scripts leave it out"

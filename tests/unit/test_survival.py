@@ -131,7 +131,7 @@ def test_pauses_grow_while_no_checkpoint_is_added() -> None:
     ("given", "said"),
     [
         (
-            ends((5, "a"), (5, "a"), (5, "a")),
+            ends((5, "at step 7"), (5, "at step 8"), (5, "at step 6")),
             "crash loop: 3 starts from the checkpoint of step 5 ended in the same way",
         ),
         (
