@@ -164,6 +164,10 @@ def gains_of(found: Bench, pipeline: Pipeline, say: Callable[[str], None]) -> ND
     labels = pipeline.train("sft", "sort-labels-longer", *student, "train.train_iters=400")
     own = pipeline.answers(pipeline.train("distill", "sort-distill"))
     say(found.gains["distillation, task"].add(pipeline.answers(labels), own))
+    begun = ("model.hidden_size=48", "checkpoint.pretrained_checkpoint=runs/sort-labels", "optimizer.lr=1e-3")
+    every = pipeline.answers(pipeline.train("sft", "sort-every-label", *begun, "train.train_iters=200"))
+    teacher = pipeline.answers("runs/sort-teacher")
+    say(f"the teacher: {teacher.mean():.3f}; the student with every label: {every.mean():.3f}")
 
     for run in ("sort-dpo", "sort-grpo", "sort-ppo"):
         found.healthy += pipeline.findings(f"runs/{run}")
