@@ -6,6 +6,8 @@ from setuptools import find_namespace_packages, setup
 HF = ["transformers>=5.0,<6", "tokenizers>=0.22"]
 # What `mslm data` needs for near-duplicates, language filters and tokenizer.json; each is imported when used.
 DATA = ["datasketch>=1.6,<3", "py3langid>=0.3", "tokenizers>=0.22"]
+# NVIDIA's data loader; it runs without a GPU too. PyPI's `nvidia-dali` is a stub that holds a warning.
+DALI = "nvidia-dali-cuda130==2.4.0"
 
 setup(
     name="megatron-slm",
@@ -39,7 +41,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]==2.11.0", "nvidia-dali-cuda130==2.4.0"],
+        "gpu": ["transformer-engine[pytorch]==2.11.0", DALI],
+        "dali": [DALI],
+        "prometheus": ["prometheus-client>=0.20"],
         "cluster": ["mpi4py==4.1.2", "mpich==5.0.2"],
         "data": DATA,
         "hf": HF,

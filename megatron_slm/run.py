@@ -7,7 +7,7 @@ them each build one part; a newcomer may skip them. This is the only file that k
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_slm.config.load import Resolved
 from megatron_slm.config.run_config import RunConfig
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.data.loader_dali import DaliLoader
 from megatron_slm.data.mixture import described
 from megatron_slm.doctor import determinism
 from megatron_slm.doctor.sources import Target
@@ -56,6 +57,7 @@ from megatron_slm.train.ema import Ema
 from megatron_slm.train.guard import Guard
 from megatron_slm.train.hook import Hook
 from megatron_slm.train.loop import run_loop
+from megatron_slm.train.optimizer import kernels_reason
 from megatron_slm.train.origin import Origin, restore, verify_origin
 from megatron_slm.train.run_directory import RunDirectory
 from megatron_slm.train.saved_state import layout_record
@@ -161,10 +163,12 @@ def assembled(resolved: Resolved, environment: RankEnvironment, *, fresh: bool) 
         if writes_log(environment):
             log = open_log(config, directory, layout, device, vocab_size, step=state.step, loss_name=plan.logged[0])
         if log is not None:
-            announce(log, config, layout, vocab_size, [spec_reason, *described(state.cursor.order), *origin])
+            reasons = [spec_reason, kernels_reason(state.optimizer), *described(state.cursor.order), *origin]
+            announce(log, config, layout, vocab_size, reasons)
             if warning is not None:
                 log.warn(warning)
-        yield Run(resolved, layout, data, directory, stop, state, plan, train_loader(config, data, groups), log)
+        loader = train_loader(config, data, groups, bound)
+        yield Run(resolved, layout, data, directory, stop, state, plan, loader, log)
         dist.barrier()  # a rank that leaves first would end another's last exchange
 
 
@@ -240,11 +244,13 @@ def build_state(
     return state, model.reason
 
 
-def train_loader(config: RunConfig, data: Data, groups: Any) -> Any:
+def train_loader(config: RunConfig, data: Data, groups: Any, device: torch.device) -> Any:
     """Training samples of this data-parallel rank: text, or the examples of the stage."""
     if config.stage != "pretrain":
         return example_loader(config, data, groups)
-    return TrainLoader(
+    through_dali = partial(DaliLoader, device_id=device.index if device.type == "cuda" else None)
+    made: Callable[..., TrainLoader] = through_dali if config.data.loader == "dali" else TrainLoader
+    return made(
         data.train,
         config=config.data,
         seq_length=config.model.seq_length,

@@ -35,6 +35,9 @@ GOVERNED_BY_CURSOR = (
 """Keys that say which samples come when, and how long their windows are. They are compared by what they amount to for
 the samples already read (``data/resume.py``), and may change for samples to come; paths are no identity at all."""
 
+SAME_SAMPLES = ("loader",)
+"""Keys that change nothing of what a run reads."""
+
 ONLY_LATER = ("pack_rows", "train_on", "curriculum", "curriculum_parts")
 """Keys that pretraining does not read."""
 
@@ -195,7 +198,7 @@ def identity(config: RunConfig, data: Data) -> dict[str, Any]:
     Which corpora a checkpoint has read is in its cursor, and a resume compares that (``data/resume.py``).
     """
     later = config.stage != "pretrain"
-    known = {*GOVERNED_BY_CURSOR, *(() if later else ONLY_LATER)}
+    known = {*GOVERNED_BY_CURSOR, *SAME_SAMPLES, *(() if later else ONLY_LATER)}
     options = {key: value for key, value in asdict(config.data).items() if key not in known}
     return {
         **({"stage": config.stage} if later else {}),

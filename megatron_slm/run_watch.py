@@ -1,4 +1,4 @@
-"""What keeps a run from dying in silence: the watchdog, stragglers by name, goodput, and a word about every end."""
+"""What keeps a run from dying in silence: watchdog, stragglers by name, telemetry, goodput, a word about every end."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from megatron_slm.survival.straggler import Straggler
 from megatron_slm.survival.watchdog import Watchdog
 from megatron_slm.train.console import append_progress
 from megatron_slm.train.hook import Hook
+from megatron_slm.train.telemetry import Telemetry, Teller
 
 
 def watching_hooks(run: Run) -> tuple[list[Hook], list[Hook]]:
@@ -39,10 +40,21 @@ def watching_hooks(run: Run) -> tuple[list[Hook], list[Hook]]:
                 write=run.log.beside_step if run.log is not None else lambda values: None,
             )
         )
+    first += telemetry(run)
     if run.log is None:
         return first, []
     interval = config.log.log_interval
     return first, [Goodput(run.directory, interval, write=run.log.beside_step, say=run.log.say)]
+
+
+def telemetry(run: Run) -> list[Hook]:
+    """Reads the ranks' GPUs: on GPUs unless it is switched off, elsewhere where it is asked for."""
+    log, device = run.resolved.config.log, run.plan.device
+    if not (device.type == "cuda" if log.telemetry is None else log.telemetry):
+        return []
+    tell = None if run.log is None else Teller(run.log.say, run.log.warn, run.log.beside_step)
+    steps = run.resolved.config.train.train_iters
+    return [Telemetry(log.log_interval, steps, device=device, directory=run.directory.path, tell=tell)]
 
 
 def axes_of(layout: Layout) -> dict[tuple[int, ...], str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_slm.errors import LaunchError
+from megatron_slm.parallel.apex import refuse_without_kernels
 
 # Imported up front so that every module that will ever run a step has been seen when the substitution is applied.
 CORE_MODULES = (
@@ -222,12 +223,14 @@ def preload(device: str = "cpu") -> None:
     """Import torch and core and make core fit ``device``. Idempotent; starts no thread and runs no op.
 
     Raises:
-        LaunchError: the CPU environment holds Transformer Engine or a module named apex, which change core at import.
+        LaunchError: the CPU environment holds Transformer Engine or a module named apex, which change core at import;
+            or on a GPU, an apex that is not NVIDIA's.
     """
     # Core warns of missing optional packages and its own deprecations; what matters of it is a line of the log.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(ShardedTensor|`torch\.distributed\.)")
     if device == "cuda":
+        refuse_without_kernels()
         for name in CORE_MODULES:
             importlib.import_module(name)
         return

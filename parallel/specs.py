@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it can be imported, ours otherwise."""
+"""Which modules a transformer layer is made of: Transformer Engine's where it can be imported, else ours or apex's."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_slm.errors import ConfigError
 from megatron_slm.model.config import ModelConfig
+from megatron_slm.parallel import apex
 from megatron_slm.parallel.attention import SelfAttentionCore
 from megatron_slm.parallel.experts import with_experts
 from megatron_slm.parallel.latent import LATENT_NORM_KEYS, latent_attention, with_whole_latents
-from megatron_slm.parallel.norm import Norm
+from megatron_slm.parallel.norm import ApexNorm, Norm
 
 ATTENTION_NORM_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
@@ -49,7 +50,11 @@ def choose_spec(device: str, model: ModelConfig, *, packed_documents: bool) -> t
             "model.multi_latent_attention = true on a GPU needs Transformer Engine: core 0.16.1 asks for one "
             "of its classes, and stops without it. Install transformer-engine, or set parallel.device=cpu."
         )
-    why = "Transformer Engine is not installed" if device == "cuda" else "Transformer Engine needs CUDA"
+    if device == "cuda" and apex.has_norms():
+        why = "Transformer Engine is not installed, and NVIDIA apex is"
+        norms = f"layers: core's parallel linears, apex's fused norms and our SDPA attention, because {why}"
+        return local_spec(model, ApexNorm), ApexNorm, norms
+    why = "neither Transformer Engine nor apex is installed" if device == "cuda" else "Transformer Engine needs CUDA"
     return local_spec(model), Norm, f"layers: core's parallel linears, our norm and SDPA attention, because {why}"
 
 
@@ -67,19 +72,19 @@ def transformer_engine_spec(model: ModelConfig, packed_documents: bool) -> tuple
     return spec, TENorm
 
 
-def local_spec(model: ModelConfig) -> ModuleSpec:
+def local_spec(model: ModelConfig, norm: type[Norm] = Norm) -> ModuleSpec:
     """Core's TransformerLayer, attention, MLP and parallel linears around our norm and attention."""
-    attention = latent_attention(model) if model.multi_latent_attention else self_attention(model)
+    attention = latent_attention(model) if model.multi_latent_attention else self_attention(model, norm)
     mlp = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             # The names under which a TE layer stores its norms, so that either spec reads the other's checkpoint.
@@ -91,9 +96,9 @@ def local_spec(model: ModelConfig) -> ModuleSpec:
     )
 
 
-def self_attention(model: ModelConfig) -> ModuleSpec:
+def self_attention(model: ModelConfig, norm: type[Norm] = Norm) -> ModuleSpec:
     """Core's SelfAttention; with ``qk_layernorm`` every query and key head is normalised before it is rotated."""
-    head_norm = Norm if model.qk_layernorm else IdentityOp
+    head_norm = norm if model.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -51,6 +51,6 @@ fi
 
 # Without build isolation, as everybody builds beside torch; setuptools must then be there first.
 "${pip[@]}" install --quiet -c constraints.txt setuptools
-"${pip[@]}" install --quiet -c constraints.txt --find-links "$wheels" --no-build-isolation -e '.[cluster,data,dev,oracle]'
+"${pip[@]}" install --quiet -c constraints.txt --find-links "$wheels" --no-build-isolation -e '.[cluster,dali,data,dev,oracle,prometheus]'
 "${pip[@]}" check
 "$venv/bin/python" -c 'import torch; print("torch", torch.__version__, "with" if torch.version.cuda else "without", "CUDA")'

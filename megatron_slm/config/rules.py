@@ -13,6 +13,7 @@ from megatron_slm.config import (
     rules_latent,
     rules_layout,
     rules_lora,
+    rules_packages,
     rules_profile,
     rules_replay,
     rules_stage,
@@ -188,4 +189,5 @@ RULES: tuple[Rule, ...] = (
     *rules_replay.RULES,
     *rules_stage.RULES,
     *rules_lora.RULES,
+    *rules_packages.RULES,
 )

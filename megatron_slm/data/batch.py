@@ -83,12 +83,34 @@ def build_samples(
         # The slot without a sample holds end-of-document tokens: valid ids, and each its own document.
         tokens[row] = eod_id if sample is None else sample[:-1]
         labels[row] = eod_id if sample is None else sample[1:]
+    fields = fields_beside(
+        tokens,
+        eod_id=eod_id,
+        reset_attention_mask=reset_attention_mask,
+        reset_position_ids=reset_position_ids,
+        eod_mask_loss=eod_mask_loss,
+        windows=windows,
+    )
+    fields["loss_mask"][[row for row, found in enumerate(rows) if found is None]] = 0.0
+    arrays = {"tokens": tokens, "labels": labels, **fields}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def fields_beside(
+    tokens: np.ndarray,
+    *,
+    eod_id: int,
+    reset_attention_mask: bool,
+    reset_position_ids: bool,
+    eod_mask_loss: bool,
+    windows: Sequence[int] | None,
+) -> dict[str, np.ndarray]:
+    """``loss_mask``, ``position_ids`` and perhaps ``document_ids`` of ``tokens`` [B, S]; see :func:`build_samples`."""
     loss_mask = np.ones(tokens.shape, dtype=np.float32)
     if eod_mask_loss:
         loss_mask[tokens == eod_id] = 0.0
-    loss_mask[[row for row, found in enumerate(rows) if found is None]] = 0.0
-    position_ids = np.broadcast_to(np.arange(seq_length, dtype=np.int64), tokens.shape)
-    arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask}
+    arrays: dict[str, np.ndarray] = {"loss_mask": loss_mask}
+    position_ids = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tokens.shape)
     if reset_position_ids or reset_attention_mask:
         # True where a document begins: after every end-of-document token, so that the token itself ends its document.
         begins = np.zeros(tokens.shape, dtype=bool)
@@ -100,4 +122,4 @@ def build_samples(
         if reset_position_ids:
             position_ids = position_ids - np.maximum.accumulate(np.where(begins, position_ids, 0), axis=1)
     arrays["position_ids"] = position_ids.copy()
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return arrays

@@ -50,6 +50,12 @@ class DataConfig:
     )
     curriculum_parts: int = option(4, "parts of a curriculum; inside of each the order is random", minimum=2)
     data_seed: int | None = option(None, "seed of the sample order; default train.seed", minimum=0)
+    loader: str = option(
+        "torch",
+        "what makes micro-batches of the samples, in pretraining: torch, or a pipeline of NVIDIA DALI, which reads "
+        "ahead; both give the same",
+        choices=("torch", "dali"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

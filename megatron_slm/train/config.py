@@ -161,5 +161,14 @@ class LogConfig:
         "steps between comparisons of how busy the ranks are; one that is slow is named; none switches it off",
         minimum=1,
     )
+    telemetry: bool | None = option(
+        None,
+        "power, energy, clocks, temperature and errors of all ranks' GPUs with each console line; default: on GPUs",
+    )
+    prometheus_port: int | None = option(
+        None, "metrics for Prometheus over HTTP, on the machine of the last rank", minimum=1, maximum=65535
+    )
+    prometheus_address: str = option("127.0.0.1", "address that prometheus_port listens at; 0.0.0.0 is every one")
+    prometheus_file: str | None = option(None, "metrics for Prometheus in a file of node_exporter's textfile collector")
     tensorboard: bool = option(True, "write TensorBoard events into the run's directory")
     progress_bar: bool = option(True, "show a progress bar when standard error is a terminal")

@@ -28,6 +28,7 @@ from megatron_slm.train.metrics import LM_LOSS, Throughput, finite, read_records
 from megatron_slm.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from megatron_slm.train.prometheus import PrometheusExport
     from megatron_slm.train.tensorboard_events import TensorBoardScalars
 
 P = ParamSpec("P")
@@ -101,6 +102,8 @@ class MetricsWriter(Hook):
         self._console = Console(self._run.log, train_iters=train_iters, step=step, progress_bar=log.progress_bar)
         self._since_line: list[StepResult] = []
         self._beside: dict[str, Any] = {}
+        self._line_beside = ""
+        self._prometheus = _open_prometheus(log, directory.name)
 
     @_on_disk
     def say(self, line: str) -> None:
@@ -116,10 +119,18 @@ class MetricsWriter(Hook):
     def before_run(self, state: Any) -> None:
         """Note the start in ``progress.txt``."""
         self._progress(f"Starting job\tIteration: {self._step}{restarts_text(os.environ)}")
+        if self._prometheus is not None:
+            self.say(f"metrics for Prometheus: {', '.join(self._prometheus.places)}")
 
-    def beside_step(self, values: dict[str, Any]) -> None:
-        """Values that belong to the next step's record; its numbers are also printed, and go to TensorBoard."""
+    def beside_step(self, values: dict[str, Any], line: str = "") -> None:
+        """Values that belong to the next step's record.
+
+        Args:
+            values: floats are also printed, and go to TensorBoard; of a {name: number} the latter alone.
+            line: printed below the step's line, if it has one.
+        """
         self._beside |= values
+        self._line_beside = line or self._line_beside
 
     @_on_disk
     def after_step(self, state: Any, result: StepResult) -> None:
@@ -136,11 +147,13 @@ class MetricsWriter(Hook):
             record["consumed_by_source"] = state.cursor.consumed_by_source
         record |= cleaned(self._beside)
         _write(self._metrics, record)
+        if self._prometheus is not None:
+            self._prometheus.show(record)
         self._since_line.append(result)
         self._console.advance(loss=result.loss, tokens_per_second=record["tokens_per_second"])
         if result.step % self._interval == 0 or result.step == self._train_iters:
             self._line(memory)
-        self._beside = {}
+        self._beside, self._line_beside = {}, ""
 
     @_on_disk
     def validation(
@@ -249,6 +262,8 @@ class MetricsWriter(Hook):
             self._close()
 
     def _close(self) -> None:
+        if self._prometheus is not None:
+            self._prometheus.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         for file in (self._metrics, self._validations, self._dynamics):
@@ -276,10 +291,15 @@ class MetricsWriter(Hook):
             beside = {**last.extra, **beside}
         if beside:
             self.say(" " + " | ".join(f"{name}: {value:.6E}" for name, value in beside.items()))
+        if self._line_beside:
+            self.say(f" {self._line_beside}")
+        if self._prometheus is not None:
+            self._prometheus.write()
         if self._tensorboard is None:
             return
         scalars = {
             **{name: value for name, value in beside.items() if finite(value) is not None},
+            **_tags({name: _numbers(value) for name, value in self._beside.items() if isinstance(value, dict)}),
             "learning-rate": last.learning_rate,
             "batch-size": last.batch_size,
             "loss-scale": 1.0,
@@ -310,6 +330,10 @@ def _clean(value: Any) -> Any:
     return finite(value) if isinstance(value, float) else value
 
 
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
 def _tags(record: dict[str, Any]) -> dict[str, float]:
     """ "grad_norm": {"layer_3": x} -> "grad-norm/layer_3": x; numbers that are not finite are left out."""
     tags: dict[str, float] = {}
@@ -327,6 +351,14 @@ def _open_tensorboard(directory: Path, step: int) -> TensorBoardScalars:
     from megatron_slm.train.tensorboard_events import TensorBoardScalars
 
     return TensorBoardScalars(directory, step)
+
+
+def _open_prometheus(log: LogConfig, run: str) -> PrometheusExport | None:
+    if log.prometheus_port is None and log.prometheus_file is None:
+        return None
+    from megatron_slm.train.prometheus import PrometheusExport
+
+    return PrometheusExport(log, run)
 
 
 def _open_records(path: Path, step: int) -> TextIO:

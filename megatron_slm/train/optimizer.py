@@ -19,6 +19,12 @@ from megatron_slm.parallel.router import balance, routers
 from megatron_slm.train.config import OptimizerConfig, PrecisionConfig
 from megatron_slm.train.optimizer_state import inner_optimizers
 
+_FUSED = {
+    "transformer_engine": "Transformer Engine, because it can be imported",
+    "apex": "NVIDIA apex, because it can be imported and Transformer Engine cannot",
+}
+"""The order in which core looks."""
+
 
 def build_optimizer(
     chunks: list[Any],
@@ -84,6 +90,19 @@ def use_fused_adam(inner: torch.optim.Optimizer) -> None:
     if isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
+
+
+def kernels_reason(optimizer: MegatronOptimizer) -> str:
+    """One sentence on whose AdamW updates the parameters, and why: core's choice, made when it is imported."""
+    inner = next(iter(inner_optimizers(optimizer)), None)
+    if inner is None:
+        return "optimizer: nothing to update on this rank"
+    name, package = type(inner.optimizer).__name__, type(inner.optimizer).__module__.partition(".")[0]
+    if package in _FUSED:
+        return f"optimizer: {name} of {_FUSED[package]}"
+    on_gpu = any(param.is_cuda for group in inner.optimizer.param_groups for param in group["params"])
+    why = "neither Transformer Engine nor NVIDIA apex is installed" if on_gpu else "theirs need CUDA"
+    return f"optimizer: torch's {name}, fused, and not Transformer Engine's or apex's, because {why}"
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, peak: float) -> None:

@@ -1,12 +1,13 @@
-"""The loader beside megatron-core's own GPTDataset and a plain memory map, on the same tokens: speed and start-up.
+"""The loader beside megatron-core's GPTDataset, DALI and a plain memory map, on the same tokens: speed and start-up.
 
     python tests/bench/loader.py [--quick]
 
-All three give micro-batches of ``BATCH`` samples of ``SEQ_LENGTH`` tokens in this process, without workers. The loader
-and ``GPTDataset`` (with torch's own collate) give tokens, labels, loss mask and position ids; the memory map gives
-random rows, widened, as tokens and labels, and no mask, no positions, no order. Rounds alternate between the three; a
-ratio is the median over rounds. Start-up is from opening the files to the first micro-batch, with the files in the page
-cache: ``GPTDataset`` once builds its indices (a new run) and once finds them cached (the same run again).
+All give micro-batches of ``BATCH`` samples of ``SEQ_LENGTH`` tokens in this process, without workers. The loader, alone
+and through a DALI pipeline on the CPU (``data.loader: dali``; left out where DALI is not installed), and ``GPTDataset``
+(with torch's own collate) give tokens, labels, loss mask and position ids; the memory map gives random rows, widened,
+as tokens and labels, and no mask, no positions, no order. Rounds alternate between all of them; a ratio is the median
+over rounds. Start-up is from opening the files to the first micro-batch, with the files in the page cache:
+``GPTDataset`` once builds its indices (a new run) and once finds them cached (the same run again).
 
 ``tokens_per_second_ratio_*``: above 1 the loader is faster. ``startup_ratio_*``: below 1 it starts sooner. The last
 line is JSON.
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +32,13 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from megatron_slm.config import rules_packages
 from megatron_slm.data.batch import Batch
 from megatron_slm.data.config import DataConfig
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.cursor import Cursor
 from megatron_slm.data.loader import TrainLoader
+from megatron_slm.data.loader_dali import DaliLoader
 from megatron_slm.data.mixture import MixtureOrder, Phase, Source
 from megatron_slm.data.order import SampleOrder
 from megatron_slm.data.shards import ShardWriter
@@ -44,6 +48,7 @@ VOCAB, EOD, FIRST_ID = 32_000, 2, 3
 DOCUMENT_TOKENS = 1500
 STEPS = 100
 LOADER, MIXTURE, CORE, MAP = "loader", "loader, two sources", "core's GPTDataset", "memory map, random rows"
+DALI = "loader through DALI"
 
 Reader = Callable[[], Iterator[Any]]
 
@@ -59,7 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         write(directory, num_tokens)
-        seconds = alternate({name: reader(directory) for name, reader in READERS.items()}, rounds)
+        here = [name for name in READERS if name != DALI or rules_packages.installed("nvidia.dali")]
+        seconds = alternate({name: READERS[name](directory) for name in here}, rounds)
         started = startup(directory, rounds)
     print(f"{num_tokens:,} tokens, {BATCH} x {SEQ_LENGTH} a micro-batch, medians of {rounds} alternating rounds")
     print(f"{'reader':<28}{'tokens/s':>12}{'loader is':>12}")
@@ -73,6 +79,11 @@ def main() -> None:
         "tokens_per_second_ratio_to_gpt_dataset": round(ratio(seconds[CORE], seconds[LOADER]), 3),
         "tokens_per_second_ratio_to_memmap": round(ratio(seconds[MAP], seconds[LOADER]), 3),
         "tokens_per_second_ratio_mixture_to_one_corpus": round(ratio(seconds[LOADER], seconds[MIXTURE]), 3),
+        **(
+            {"tokens_per_second_ratio_to_dali": round(ratio(seconds[DALI], seconds[LOADER]), 3)}
+            if DALI in seconds
+            else {}
+        ),
         "startup_ratio_to_gpt_dataset": round(ratio(started[LOADER], started[f"{CORE}, new run"]), 4),
         "startup_ratio_to_gpt_dataset_cached": round(ratio(started[LOADER], started[f"{CORE}, cached"]), 4),
         "startup_ratio_to_memmap": round(ratio(started[LOADER], started[MAP]), 3),
@@ -102,7 +113,9 @@ def write(directory: Path, num_tokens: int) -> None:
     corpus.tokens(0, corpus.num_tokens).tofile(directory / "tokens.bin")
 
 
-def by_loader(directory: Path, names: tuple[str, ...] = ("ours",)) -> Iterator[Batch]:
+def by_loader(
+    directory: Path, names: tuple[str, ...] = ("ours",), made: Callable[..., TrainLoader] = TrainLoader
+) -> Iterator[Batch]:
     """Micro-batches of one of our corpora, or of a mixture of several in equal shares."""
     corpora = {name: Corpus.open(directory / name) for name in names}
     sources = tuple(
@@ -110,7 +123,7 @@ def by_loader(directory: Path, names: tuple[str, ...] = ("ours",)) -> Iterator[B
         for name, corpus in corpora.items()
     )
     phase = Phase(0, tuple((name, 1) for name in sorted(names)))
-    loader = TrainLoader(
+    loader = made(
         corpora,
         config=DataConfig(),
         seq_length=SEQ_LENGTH,
@@ -164,6 +177,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     MIXTURE: lambda directory: lambda: by_loader(directory, ("ours", "half")),
     CORE: lambda directory: lambda: by_core(directory),
     MAP: lambda directory: lambda: by_memory_map(directory),
+    DALI: lambda directory: lambda: by_loader(directory, made=partial(DaliLoader, device_id=None)),
 }
 
 
