@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -56,16 +57,33 @@ def run_schedule(
 
     schedule = get_forward_backward_func(pp_size=groups.pp.size(), vp_size=len(chunks) if len(chunks) > 1 else None)
     iterators = [iter(micro_batches) for _ in chunks]
-    logged: list[dict[str, Tensor]] = schedule(
-        forward_step_func=partial(forward_step, loss=loss),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(micro_batches),
-        seq_length=seq_length,
-        micro_batch_size=micro_batches[0]["tokens"].shape[0],
-        forward_only=forward_only,
-    )
+    with _nothing_to_reduce(chunks) if forward_only else contextlib.nullcontext():
+        logged: list[dict[str, Tensor]] = schedule(
+            forward_step_func=partial(forward_step, loss=loss),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=seq_length,
+            micro_batch_size=micro_batches[0]["tokens"].shape[0],
+            forward_only=forward_only,
+        )
     return logged
+
+
+@contextlib.contextmanager
+def _nothing_to_reduce(chunks: list[nn.Module]) -> Iterator[None]:
+    """Without a backward pass core's pipelined schedule enters the context that holds back reductions for good.
+
+
+    It ends when the garbage collector finds it: in the middle of a later step, if anything (a profiler, a traceback)
+    holds the schedule's frame until then. Reductions would start there before all micro-batches are added up.
+    """
+    config = get_model_config(chunks[0])
+    kept, config.no_sync_func = config.no_sync_func, None
+    try:
+        yield
+    finally:
+        config.no_sync_func = kept
 
 
 def forward_chunk(

@@ -199,5 +199,5 @@ class Sampler:
                 return
             self._looks += 1
             self._waiting += waits(frame, self._known)
-            # Held until the next look, it would keep alive what its function has let go of: the numbers would change.
+            # Held until the next look, it would keep alive what its function has let go of.
             del frame
