@@ -25,9 +25,10 @@ demo: $(STAMP)
 demo-align: $(STAMP)
 	$(BIN)/python -m examples.sorting.demo
 
-# One compute thread in each process: the tests run several ranks on one machine.
+# One compute thread in each process: the tests of dist and cluster run several ranks on one machine, one test at a time.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist tests/gpu tests/cluster $(PYTEST_OPTIONS)
 
 # Part of `make test` too where Slurm is installed.
 test-cluster: $(STAMP)

@@ -33,7 +33,7 @@ if ! "$venv/bin/python" -m pip --version > /dev/null 2>&1; then
     if [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
         die "$venv exists and is no virtual environment. Name another directory, or remove it."
     fi
-    echo "Making $venv with Python $version; installing takes about 3 minutes."
+    echo "Making $venv with Python $version; installing takes about 4 minutes."
     "$python" -m venv --clear "$venv"
 fi
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
