@@ -55,7 +55,10 @@ setup(
         "oracle-trl": ["trl==1.16.0"],
         # EleutherAI's harness asks a run of ours: tools/lm_harness.py.
         "lm-eval": ["lm-eval>=0.4.9"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil", "types-tqdm"],
+        "dev": [
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14"),
+            *("types-PyYAML", "types-psutil", "types-tqdm"),
+        ],
     },
     entry_points={"console_scripts": ["mslm = megatron_slm.cli:main"]},
     classifiers=[
