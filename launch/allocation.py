@@ -15,6 +15,13 @@ from megatron_slm.errors import LaunchError
 _PATIENCE_S = 60.0
 _NO_LIMIT_MINUTES = 364.0 * 24 * 60
 """Slurm gives a job without a limit a year."""
+_UNREAD = {
+    "-G --gpus": "--gpus-per-node",
+    "--gpus-per-task": "--gpus-per-node",
+    "--mem-per-cpu": "--mem",
+    "--mem-per-gpu": "--mem",
+}
+"""Options of ``sbatch`` that leave it open what a node gives, and those that say it."""
 _UNITS_MB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
@@ -70,7 +77,15 @@ def of_options(options: Sequence[str]) -> Allocation:
     parser.add_argument("--gres", default="")
     parser.add_argument("--mem")
     parser.add_argument("-p", "--partition")
+    for option in _UNREAD:
+        parser.add_argument(*option.split())
     own, _ = parser.parse_known_args(list(options))
+    unread = [option for option in _UNREAD if getattr(own, option.split()[-1][2:].replace("-", "_")) is not None]
+    if unread:
+        raise LaunchError(
+            f"{unread[0].split()[-1]} does not say what one node gives, which decides whether the job fits: give "
+            f"{_UNREAD[unread[0]]} instead."
+        )
     if not own.nodes.isdecimal() or int(own.nodes) < 1:
         raise LaunchError(f"--nodes={own.nodes}: give one number; the layout of a run needs to know its ranks.")
     gpu, gpus = _gpus(own.gpus_per_node or _gpu_of_gres(own.gres))

@@ -19,6 +19,10 @@ ROTATION_VARIABLE = "MSLM_ROTATE_RANKS"
 """So many places further on than its launcher has put it every rank is run; its data and groups stay its own."""
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+_MEETING_POINT = (
+    "use launch/slurm.sh, or export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) and "
+    "MASTER_PORT=29500 before srun"
+)
 # SLURM_MAX_NORMAL_STEP_ID: from here on Slurm numbers its own steps (shell of salloc, batch script, extern).
 _FIRST_RESERVED_SLURM_STEP = 0xFFFFFFF0
 
@@ -176,7 +180,8 @@ def _is_slurm_rank(environ: Mapping[str, str]) -> bool:
 
 
 def _from_slurm(environ: Mapping[str, str]) -> RankEnvironment:
-    _require(environ, ("SLURM_NTASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT"), "srun (see launch/slurm.sh)")
+    names = ("SLURM_NTASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
+    _require(environ, names, "srun", way_out=_MEETING_POINT)
     world_size = _integer(environ, "SLURM_NTASKS")
     return RankEnvironment(
         rank=_integer(environ, "SLURM_PROCID"),
@@ -206,13 +211,13 @@ def _tasks_on_this_node(environ: Mapping[str, str], world_size: int) -> int:
     return counts[node]
 
 
-def _require(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> None:
+def _require(environ: Mapping[str, str], names: tuple[str, ...], launcher: str, way_out: str = "set it") -> None:
     missing = [name for name in names if not environ.get(name)]
     if missing:
         present = [f"{name}={environ[name]}" for name in names if name in environ]
         raise LaunchError(
             f"this process looks started by {launcher} ({', '.join(present) or 'a step of several tasks'}), but "
-            f"{', '.join(missing)} is not set; set it, or unset the others and let mslm start the ranks"
+            f"{', '.join(missing)} is not set; {way_out}, or unset the others and let mslm start the ranks"
         )
 
 

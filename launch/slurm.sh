@@ -53,8 +53,9 @@ spread() {
         printf '%s\n' "$line"
         [[ $line =~ ^\ *([0-9]+):\ (.*) ]] || continue
         rank=${BASH_REMATCH[1]}
-        printf '%s\n' "${BASH_REMATCH[2]}" >> "$MSLM_JOB_FOLDER/rank-$rank.log"
-        printf '%s\n' "$line" >> "$MSLM_JOB_FOLDER/node-${nodes[rank / ranks_per_node]}.log"
+        # A full disk or a folder that has gone costs these files, not the job's output.
+        { printf '%s\n' "${BASH_REMATCH[2]}" >> "$MSLM_JOB_FOLDER/rank-$rank.log"; } 2> /dev/null || true
+        { printf '%s\n' "$line" >> "$MSLM_JOB_FOLDER/node-${nodes[rank / ranks_per_node]}.log"; } 2> /dev/null || true
     done
 }
 
@@ -133,7 +134,7 @@ if [ "$ending" = 1 ] && [ "$code" != 75 ]; then
     say "ended from outside, the ranks with exit code $code"
     exit "$code"
 fi
-echo "$code" > "$MSLM_JOB_FOLDER/ended"
+echo "$code" > "$MSLM_JOB_FOLDER/ended" || say "$MSLM_JOB_FOLDER cannot be written any more: this start is counted as a failure"
 if [ "$ending" = 1 ] || [ "$code" = 0 ] || [ "$code" = 2 ]; then exit "$code"; fi
 if decision=$("$MSLM" slurm ended "$run" --code "$code" "${asked[@]}"); then
     say "$decision"

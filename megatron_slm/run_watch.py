@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_slm.errors import NetworkError, UserError
 from megatron_slm.launch.network import lost_peer
-from megatron_slm.parallel.layout import AXES, Layout
+from megatron_slm.parallel.layout import AXES, EXPERT_AXES, Layout
 from megatron_slm.run_parts import Run
 from megatron_slm.survival.attempts import Goodput
 from megatron_slm.survival.place import group_name, place_of
@@ -58,9 +58,14 @@ def telemetry(run: Run) -> list[Hook]:
 
 
 def axes_of(layout: Layout) -> dict[tuple[int, ...], str]:
-    """Names of all groups of ranks: the axis, or "world"."""
-    found = {tuple(group): axis for axis in AXES for group in layout.groups_of(axis) if len(group) > 1}
-    return {tuple(range(layout.world_size)): "world", **found}
+    """Names of all groups of ranks: the axis (or both, where two have the same ranks), or "world"."""
+    expert = EXPERT_AXES if layout.expert_model_parallel_size > 1 else ()
+    found: dict[tuple[int, ...], list[str]] = {}
+    for axis in dict.fromkeys((*AXES, *expert)):
+        for group in layout.groups_of(axis):
+            if len(group) > 1:
+                found.setdefault(tuple(group), []).append(axis)
+    return {tuple(range(layout.world_size)): "world", **{group: "/".join(names) for group, names in found.items()}}
 
 
 def peers_of(layout: Layout) -> list[list[int]]:

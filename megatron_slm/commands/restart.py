@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_slm.commands.command import EXIT_OK, Verb, parser_of
 from megatron_slm.survival import restart as room
 from megatron_slm.survival.restart import STARTED_VARIABLE
+from megatron_slm.train.run_directory import IDENTITY
 
 if TYPE_CHECKING:
     from megatron_slm.config.load import Resolved
@@ -53,7 +54,7 @@ def until_done(resolved: Resolved, restarts: int, start: Callable[[bool, Callabl
         words: list[str] = []
         os.environ[STARTED_VARIABLE] = str(time.time())
         code = start(again, words.append)
-        if not restarts or not directory.is_dir() or room.ended_well(code):
+        if not restarts or not (directory / IDENTITY).exists() or room.ended_well(code):
             return code
         # A watchdog's verdict, noted by a rank, says more than that a watchdog has ended the run.
         cause = room.said_cause(directory, watchdog=True) or "".join(words)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_slm.commands.command import EXIT_OK, Verb, parser_of
 from megatron_slm.commands.slurm_check import refusal
-from megatron_slm.commands.slurm_job import Job, budget_left, job_of, jobs_of, node_hours, split
+from megatron_slm.commands.slurm_job import Job, array_indices, budget_left, job_of, jobs_of, make, node_hours, split
 from megatron_slm.errors import ConfigError
 from megatron_slm.launch import allocation as slurm
 from megatron_slm.launch.allocation import Allocation
@@ -42,7 +42,7 @@ def submit(name: str, tokens: Sequence[str]) -> int:
     if shutil.which("sbatch") is None:
         raise ConfigError("there is no sbatch on PATH: this machine has no Slurm. Use its login node.")
     wanted = slurm.of_options(options)
-    jobs = jobs_of(rest, array=any(_names_array(option) for option in options))
+    jobs = jobs_of(rest, array_indices(options))
     if code := refusal(jobs, wanted):
         return code
     added = [] if any(option.startswith(("-J", "--job-name")) for option in options) else [f"--job-name={jobs[0].name}"]
@@ -104,10 +104,6 @@ def ended(name: str, tokens: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _names_array(option: str) -> bool:
-    return option.startswith(("-a", "--array"))
-
-
 def _given_up(job: Job, restarts: int) -> bool:
     """Whether the job is not started again, where nobody has seen its last start end: its node failed."""
     before = job.folder(os.environ["SLURM_JOB_ID"], restarts - 1)
@@ -126,17 +122,19 @@ def _lines(job: Job, own: Allocation, restarts: int) -> Iterator[str]:
     cpus = cpus or int(environ.get("SLURM_CPUS_ON_NODE") or own.ranks_per_node) // own.ranks_per_node
     for variable in job_variables(job.resolved.config, own.device, max(1, cpus), environ):
         yield f"export {variable.name}={shlex.quote(variable.value)}  # {variable.reason}"
-    address = slurm.first_address(environ["SLURM_JOB_NODELIST"])
+    address = environ.get("MASTER_ADDR") or slurm.first_address(environ["SLURM_JOB_NODELIST"])
+    port = environ.get("MASTER_PORT") or meeting_port(address, int(job_id), restarts)
     yield f"export MASTER_ADDR={shlex.quote(address)}  # where rank 0 is: the first node, by its address"
-    yield f"export MASTER_PORT={meeting_port(address, int(job_id), restarts)}  # another for every job and restart"
+    yield f"export MASTER_PORT={port}  # another for every job and restart"
     folder = job.folder(job_id, restarts)
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     yield f"export MSLM_JOB_FOLDER={shlex.quote(str(folder))}  # one file for every rank and every node"
     yield f"run={shlex.quote(str(job.directory))}"
     yield f"ranks_per_node={own.ranks_per_node}"
     program = environ.get("MSLM_CONTAINER_PROGRAM", "mslm") if environ.get("MSLM_CONTAINER") else environ["MSLM"]
+    words = [program] if os.path.exists(program) else shlex.split(program)
     tokens = [*job.tokens(), *_limit(job, own)]
-    yield f"step=({shlex.join(step_command(own, [*shlex.split(program), 'train', *tokens], environ))})"
+    yield f"step=({shlex.join(step_command(own, [*words, 'train', *tokens], environ))})"
 
 
 def _limit(job: Job, own: Allocation) -> Iterator[str]:

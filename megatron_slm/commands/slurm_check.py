@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_slm.commands import memory, training
 from megatron_slm.commands.command import EXIT_OK, EXIT_REFUSED, violations_of
-from megatron_slm.commands.slurm_job import Job
+from megatron_slm.commands.slurm_job import Job, budget_left, make
 from megatron_slm.errors import ConfigError
 from megatron_slm.launch.allocation import Allocation
 
@@ -33,6 +33,8 @@ def refusal(jobs: Sequence[Job], own: Allocation) -> int:
         found = [*_contradictions(job, own), *violations_of(job.resolved, own.world_size, files=True)]
         if found:
             raise ConfigError("\n".join([f"{job.name} cannot start:", *found]))
+        make(job.directory.parent)
+        budget_left(job.directory, own.nodes, os.environ)
     tokens = _tokens(jobs[0], own)
     with contextlib.redirect_stdout(sys.stderr):
         if code := training.check("check", [*tokens, "--deep"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,18 +59,30 @@ def split(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     raise ConfigError("No CONFIG was given: name a file *.yaml, after the options of sbatch and before key=value.")
 
 
-def jobs_of(tokens: Sequence[str], *, array: bool) -> list[Job]:
-    """The run of a job; those of every line of the sweep where it is an array.
+def make(directory: Path) -> None:
+    """Make a directory that a run needs, with those above it.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be made ({error.strerror}): choose another log.runs_dir.") from None
+
+
+def jobs_of(tokens: Sequence[str], indices: Sequence[int] | None) -> list[Job]:
+    """The run of a job; those of all ``indices`` where it is an array.
 
     Raises:
         ConfigError: see ``job_of``; or there is a sweep and no array.
     """
     sweep = os.environ.get(SWEEP_VARIABLE)
-    if not array:
+    if indices is None:
         if sweep:
             raise ConfigError(f"{SWEEP_VARIABLE}={sweep} is for an array: give --array=0-{len(_lines(sweep)) - 1}.")
         return [job_of(tokens, None)]
-    return [job_of(tokens, index) for index in range(len(_lines(sweep)) if sweep else 1)]
+    return [job_of(tokens, index) for index in indices]
 
 
 def job_of(tokens: Sequence[str], index: int | None) -> Job:
@@ -96,7 +109,37 @@ def job_of(tokens: Sequence[str], index: int | None) -> Job:
         sweep = os.environ.get(SWEEP_VARIABLE)
         own = _swept(sweep, index) if sweep else {"train.seed": str(base.train.seed + index)}
         values |= {**own, "name": f"{base.name}-{index}"}
+        try:
+            return Job(path, values, load(path, _typed(values)))
+        except ConfigError as error:
+            raise ConfigError(f"{_place(sweep, index)}: {error}" if sweep else str(error)) from None
     return Job(path, values, load(path, _typed(values)))
+
+
+def array_indices(options: Sequence[str]) -> list[int] | None:
+    """Indices that ``--array`` of ``sbatch`` asks for, such as ``0-4``, ``1,3``, ``0-8:2%2``; None without that option.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    text = None
+    for option, following in zip(options, [*options[1:], ""], strict=True):
+        if option in ("-a", "--array"):
+            text = following
+        elif option.startswith("--array="):
+            text = option.partition("=")[2]
+        elif option.startswith("-a") and not option.startswith("--"):
+            text = option[2:]
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        matched = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if matched is None:
+            raise ConfigError(f"--array={text} is no list of indices such as 0-4 or 1,3.")
+        first, last, step = int(matched[1]), int(matched[2] or matched[1]), int(matched[3] or 1)
+        found += range(first, last + 1, max(1, step))
+    return found
 
 
 def budget_left(run: Path, nodes: int, environ: Mapping[str, str]) -> float | None:
@@ -144,7 +187,14 @@ def _lines(sweep: str) -> list[str]:
         lines = Path(sweep).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{SWEEP_VARIABLE}={sweep} cannot be read: {error.strerror}.") from None
-    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    found = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise ConfigError(f"{SWEEP_VARIABLE}={sweep} has no line of values.")
+    return found
+
+
+def _place(sweep: str, index: int) -> str:
+    return f"{sweep}, line {index} (from 0; comments and empty lines do not count)"
 
 
 def _swept(sweep: str, index: int) -> dict[str, str]:
@@ -152,4 +202,11 @@ def _swept(sweep: str, index: int) -> dict[str, str]:
     lines = _lines(sweep)
     if index >= len(lines):
         raise ConfigError(f"{sweep} has {len(lines)} lines, but the array asks for line {index} (from 0).")
-    return _read(["CONFIG", *shlex.split(lines[index])])[1]
+    try:
+        words = shlex.split(lines[index])
+    except ValueError as error:
+        raise ConfigError(f"{_place(sweep, index)}: {lines[index]!r} cannot be read: {error}.") from None
+    try:
+        return _read(["CONFIG", *words])[1]
+    except ConfigError as error:
+        raise ConfigError(f"{_place(sweep, index)}: {error}") from None

@@ -65,6 +65,8 @@ def train(name: str, tokens: Sequence[str]) -> int:
         "when one dies or all hang; a crash loop is recognised and ends it",
     )
     own, rest = parser.parse_known_args(_with_range(tokens))
+    if own.restarts < 0:
+        raise ConfigError(f"--restarts {own.restarts}: give how often the ranks may be started again, 0 for never")
     from megatron_slm.launch.environment import from_environment
 
     environment = from_environment(os.environ)

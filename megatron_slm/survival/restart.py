@@ -1,7 +1,7 @@
 """Whether a run that has ended badly is started again: bounded, with a growing pause, and never in a circle. No torch.
 
-Every bad end is a line of the run's ``restarts.jsonl``. What counts as getting on is a checkpoint: ends between which
-none was added are one trouble, and are the sooner given up the more alike they are.
+Every end before the target is a line of the run's ``restarts.jsonl``. What counts as getting on is a checkpoint: ends
+between which none was added are one trouble, and are the sooner given up the more alike they are.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ _NO_CAUSE = "the ranks ended with exit code {code} and left no word"
 _HUNG, _FAILED, _LOST = "Hung", "Failed", "Lost"
 _STARTED = "Starting job"
 _LONGEST_CAUSE = 400
+_DAY_S = 86400.0
+_STOPPED = "stopped before anything new was saved"
+_OF_A_RUN = ("identity.json", FILE, "slurm")
+"""One of these lies in a run's directory; the last two may be there before the run has begun."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,13 @@ def after_end(directory: Path, code: int, *, max_restarts: int = MAX_RESTARTS, c
         CheckpointError: there is no such directory.
         LogError: nothing can be written there.
     """
-    if code == EXIT_STOPPED:
-        return Decision(True, 0.0, "stopped after a clean save")
     if code == 0:
         return Decision(False, 0.0, "the run has reached its target")
     if code == UserError.exit_code:
         return Decision(False, 0.0, "the input was refused; starting again would be refused too")
-    if not directory.is_dir():
+    if not any((directory / name).exists() for name in _OF_A_RUN):
         raise CheckpointError(f"{directory} is not a run's directory; give the one below log.runs_dir")
-    said = cause or said_cause(directory) or _NO_CAUSE.format(code=code)
+    said = _STOPPED if code == EXIT_STOPPED else cause or said_cause(directory) or _NO_CAUSE.format(code=code)
     newest = max(published(directory / "checkpoints"), default=None)
     end = End(time.time(), code, newest, said.splitlines()[0][:_LONGEST_CAUSE])
     try:
@@ -87,10 +89,12 @@ def after_end(directory: Path, code: int, *, max_restarts: int = MAX_RESTARTS, c
 
 
 def decide(ends: Sequence[End], max_restarts: int) -> Decision:
-    """What follows from all bad ends of a run, the newest last."""
+    """What follows from all ends of a run, the newest last. A clean stop counts where it has saved nothing new."""
     newest = ends[-1]
     stuck = _without_progress(ends)
     where = "no checkpoint" if newest.checkpoint is None else f"the checkpoint of step {newest.checkpoint}"
+    if newest.code == EXIT_STOPPED and len(stuck) == 1 and newest.checkpoint is not None:
+        return Decision(True, 0.0, "stopped after a clean save")
     alike = [end for end in stuck if _kind_of(end.cause) == _kind_of(newest.cause)]
     if len(alike) >= ALIKE:
         return Decision(
@@ -99,10 +103,17 @@ def decide(ends: Sequence[End], max_restarts: int) -> Decision:
     if len(stuck) >= UNLIKE:
         causes = "; ".join(dict.fromkeys(end.cause for end in stuck))
         return Decision(False, 0.0, f"crash loop: {len(stuck)} starts from {where} ended without a new one: {causes}")
-    if len(ends) > max_restarts:
-        return Decision(False, 0.0, f"all {max_restarts} restarts are used; the last end: {newest.cause}")
     wait_s = min(_LONGEST_PAUSE_S, _PAUSE_S * _GROWTH ** (len(stuck) - 1))
-    return Decision(True, wait_s, f"restart {len(ends)} of {max_restarts} from {where}, after: {newest.cause}")
+    if newest.code == EXIT_STOPPED:
+        return Decision(True, wait_s, f"{newest.cause}; from {where}")
+    recent = [end for end in ends if end.code != EXIT_STOPPED and newest.at - end.at < _DAY_S]
+    if len(recent) > max_restarts:
+        return Decision(
+            False,
+            0.0,
+            f"all {max_restarts} restarts of a day are used, the last end: {newest.cause}; start it by hand to go on",
+        )
+    return Decision(True, wait_s, f"restart {len(recent)} of {max_restarts} from {where}, after: {newest.cause}")
 
 
 def read_ends(directory: Path) -> list[End]:
@@ -142,8 +153,8 @@ def said_cause(directory: Path, *, watchdog: bool = False) -> str:
 
 
 def _kind_of(cause: str) -> str:
-    """The cause without the step at which it struck."""
-    return re.sub(r"\bstep \d+", "step", cause)
+    """The cause without its numbers (steps, seconds, processes), but for those of ranks."""
+    return re.sub(r"(?<!rank )\b\d+(\.\d+)?", "#", cause)
 
 
 def _without_progress(ends: Sequence[End]) -> list[End]:

@@ -1,9 +1,10 @@
 """Ends a job in which no rank moves on, and says who waits for whom. A hook of every rank.
 
-A thread beside the training thread looks at the time since the loop last did something. When that is too long it
-writes where its rank stands (``place.py``) into the run's ``watch/``. Every rank does, but for one that is stopped,
-dead or cut off: that it has written nothing names it. The lowest rank that has written says the verdict (``hang.py``),
-and all of them end.
+A thread beside the training thread looks where that stands: every call of its Python stack. When that has been the same
+for too long, it writes where its rank stands (``place.py``) into the run's ``watch/``, and so does then every rank, but
+for one that is stopped, dead or cut off: that it has written nothing names it. The lowest rank that has written says
+the verdict (``hang.py``), and all of them end. A long validation, step or save is no hang: its ranks do come from call
+to call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 import psutil
@@ -38,12 +40,25 @@ _SETTLE_SHARE, _SHORTEST_SETTLE_S = 0.1, 2.0
 """Of the time that is allowed, what the others are given to say where they stand."""
 
 
+Calls = tuple[tuple[CodeType, int], ...]
+"""Where a thread stands: the code and the instruction of each of its calls."""
+
+
 class Progress(NamedTuple):
-    """What the training thread last did, and when."""
+    """What the training thread does, and since when it has stood where it stands."""
 
     at_s: float
     step: int
     doing: str
+
+
+def calls_of(thread: int) -> Calls:
+    """Where a thread of this process stands; empty where it is gone."""
+    frame, found = sys._current_frames().get(thread), []
+    while frame is not None:
+        found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
 
 
 class Watchdog(Hook):
@@ -51,7 +66,7 @@ class Watchdog(Hook):
 
     Args:
         folder: the run's directory, the same for every rank.
-        limit_s: longest time without progress.
+        limit_s: longest time in one place.
         axes: name of the group of ranks that belong to an axis.
         note: keeps a line in ``progress.txt``.
     """
@@ -113,15 +128,19 @@ class Watchdog(Hook):
 
     def _watch(self, watched: int) -> None:
         tick_s = min(_LONGEST_TICK_S, self._limit_s / _TICKS)
-        looked_s = time.monotonic()
+        looked_s, stood = time.monotonic(), calls_of(watched)
         while not self._ended.wait(tick_s):
-            now_s = time.monotonic()
-            if now_s - looked_s > _PAUSED_TICKS * tick_s:
+            now_s, stands = time.monotonic(), calls_of(watched)
+            if stands != stood or now_s - looked_s > _PAUSED_TICKS * tick_s:
                 self._progress = self._progress._replace(at_s=now_s)
-            looked_s = now_s
-            if now_s - self._progress.at_s > self._limit_s:
+            looked_s, stood = now_s, stands
+            # Who goes round in a circle finds out from those who wait for it.
+            if now_s - self._progress.at_s > self._limit_s or self._others_have_said():
                 self._end_job(watched)
                 return
+
+    def _others_have_said(self) -> bool:
+        return self._folder.is_dir() and any(self._folder.glob(f"{self._attempt}-rank-*.json"))
 
     def _end_job(self, watched: int) -> None:
         """Say where this rank stands, let the lowest one judge, and end this process."""

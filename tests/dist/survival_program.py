@@ -1,6 +1,6 @@
 """``mslm`` with a fault planted in one rank, run by path: ``survival_program.py FAULT RANK STEP TOKENS...``.
 
-FAULT is "sleeps" (for ever) or "raises" before update STEP, or "slow": three times as slow from STEP on.
+FAULT is "sleeps" or "circles" (for ever) or "raises" before update STEP, or "slow": three times as slow from STEP on.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def plant() -> None:
 def strike() -> None:
     if FAULT == "raises":
         raise ValueError("the sensor is broken")
+    while FAULT == "circles":
+        sum(range(1000))
+        sorted(range(1000))
     time.sleep(1000.0)
 
 

@@ -18,6 +18,7 @@ import pytest
 from megatron_slm.survival.attempts import read_attempts
 from megatron_slm.survival.restart import read_ends
 from tests import runs
+from tests.breadth import widely
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("survival_program.py")
@@ -100,13 +101,23 @@ def test_a_stopped_rank_is_named_with_what_it_blocks(tmp_path: Path, data: Path)
     assert "in train_step" in (run / "watch" / "hang.txt").read_text(), "stacks are kept"
 
 
-def test_a_rank_that_stands_still_by_itself_is_named_with_its_line(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("fault", widely(["sleeps", "circles"], "circles"))
+def test_a_rank_that_stays_away_by_itself_is_named_with_its_line(tmp_path: Path, data: Path, fault: str) -> None:
     run = tmp_path / "asleep"
-    code, _, errors = finish(start(run, data, TP2, HANG, *ENDLESS, fault=("sleeps", "1", "3")))
+    code, _, errors = finish(start(run, data, TP2, HANG, *ENDLESS, fault=(fault, "1", "3")))
     assert code == 1, errors
     (cause,) = events(run, "Hung")
     assert re.search(r"at step 3: rank 1 is at work of its own in dist/survival_program.py:\d+ in strike", cause), cause
     assert "it blocks" in cause, f"rank 0 waits for it: {cause}"
+
+
+def test_a_long_step_is_no_hang(tmp_path: Path, data: Path) -> None:
+    run, limit_s = tmp_path / "long", 2.0
+    limit = f"parallel.hang_timeout_minutes={limit_s / 60:.4f}"
+    one = ("train.train_iters=1", "train.global_batch_size=480", "train.eval_iters=0")
+    code, _, errors = finish(start(run, data, TP2, limit, *one))
+    assert code == 0, errors
+    assert runs.records(run)[0]["forward_backward_ms"] > 1e3 * limit_s, "else it shows nothing"
 
 
 def test_a_slow_rank_is_named_and_equal_ranks_are_not(tmp_path: Path, data: Path) -> None:

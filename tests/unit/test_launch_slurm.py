@@ -165,11 +165,40 @@ def test_an_array_is_a_seed_or_a_line_of_the_sweep_for_every_index(
     second = slurm_job.job_of([config, "name=kept", "optimizer.lr=5"], 1)
     assert (second.name, second.resolved.config.optimizer.lr, second.resolved.config.train.seed) == ("kept-1", 1e-4, 1)
     assert second.tokens()[0] == config and "name=kept-1" in second.tokens()
-    assert [job.name for job in slurm_job.jobs_of([config], array=True)] == ["own-0", "own-1"]
+    assert [job.name for job in slurm_job.jobs_of([config], [0, 1])] == ["own-0", "own-1"]
     with pytest.raises(ConfigError, match="2 lines, but the array asks for line 2"):
         slurm_job.job_of([config], 2)
     with pytest.raises(ConfigError, match="give --array=0-1"):
-        slurm_job.jobs_of([config], array=False)
+        slurm_job.jobs_of([config], None)
+    with pytest.raises(ConfigError, match="2 lines, but the array asks for line 4"):
+        slurm_job.jobs_of([config], slurm_job.array_indices(["--nodes=1", "--array=0-4:4%2"]))
+    sweep.write_text("optimizer.lr='1e-3\ntrain.sed=1\n")
+    with pytest.raises(ConfigError, match=r"sweep.txt, line 0 .*cannot be read: No closing quotation"):
+        slurm_job.job_of([config], 0)
+    with pytest.raises(ConfigError, match=r"sweep.txt, line 1 .*train.sed"):
+        slurm_job.job_of([config], 1)
+    sweep.write_text("# nothing\n")
+    with pytest.raises(ConfigError, match="has no line of values"):
+        slurm_job.job_of([config], 0)
+
+
+def test_indices_of_an_array() -> None:
+    assert slurm_job.array_indices(["-a", "1,3-5"]) == [1, 3, 4, 5]
+    assert slurm_job.array_indices(["-N", "2"]) is None
+    with pytest.raises(ConfigError, match="no list of indices"):
+        slurm_job.array_indices(["--array=x"])
+
+
+@pytest.mark.parametrize("option", ["--gpus=8", "-G8", "--gpus-per-task=1", "--mem-per-cpu=100M"])
+def test_options_that_do_not_say_what_a_node_gives_are_refused(option: str) -> None:
+    with pytest.raises(LaunchError, match="does not say what one node gives"):
+        of_options(["--nodes=2", option])
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made .*log.runs_dir"):
+        slurm_job.make(tmp_path / "file" / "runs")
 
 
 def test_what_a_job_cannot_be_given(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from megatron_slm.errors import CheckpointError, LogError
 from megatron_slm.launch.network import lost_peer
 from megatron_slm.survival.hang import Standing, judge
 from megatron_slm.survival.place import Place
-from megatron_slm.survival.restart import MAX_RESTARTS, End, after_end, decide, read_ends
+from megatron_slm.survival.restart import MAX_RESTARTS, Decision, End, after_end, decide, read_ends
 from megatron_slm.survival.straggler import Measured, slow_ranks
 
 AXES = {(0, 1): "tp", (2, 3): "tp", (0, 2): "dp", (1, 3): "dp", (0, 1, 2, 3): "world"}
@@ -138,7 +138,7 @@ def test_pauses_grow_while_no_checkpoint_is_added() -> None:
             ends(*((None, cause) for cause in "abcde")),
             "crash loop: 5 starts from no checkpoint ended without a new one",
         ),
-        (ends((1, "a"), (2, "a"), (3, "a")), "all 2 restarts are used"),
+        (ends((1, "a"), (2, "a"), (3, "a")), "all 2 restarts of a day are used"),
     ],
 )
 def test_a_run_is_given_up(given: list[End], said: str) -> None:
@@ -146,7 +146,8 @@ def test_a_run_is_given_up(given: list[End], said: str) -> None:
     assert not decision.again and decision.reason.startswith(said), decision
 
 
-def test_the_cause_is_what_a_rank_noted_since_the_last_start(tmp_path: Path) -> None:
+def test_the_cause_is_what_a_rank_noted_since_the_last_start(run: Path) -> None:
+    tmp_path = run
     line = "2026-01-01 00:00:00\tJob ID: 7\t# GPUs: 4\t{}\t{}\n"
     told = [
         ("Failed", "rank 0: old"),
@@ -165,20 +166,52 @@ def test_the_cause_is_what_a_rank_noted_since_the_last_start(tmp_path: Path) -> 
     assert len(read_ends(tmp_path)) == 2, "a torn line is left out"
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (75, True)])
-def test_ends_that_are_not_bad_are_not_noted(tmp_path: Path, code: int, again: bool) -> None:
-    assert after_end(tmp_path, code).again is again
-    assert read_ends(tmp_path) == []
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "identity.json").write_text("{}")
+    return tmp_path
 
 
-def test_the_verb_prints_the_pause_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verbs.restart("restart", [str(tmp_path), "--code", "1"]) == 0
+@pytest.mark.parametrize("code", [0, 2])
+def test_runs_that_are_done_or_refused_are_left(run: Path, code: int) -> None:
+    assert not after_end(run, code).again
+    assert read_ends(run) == []
+
+
+def test_stops_count_where_they_have_saved_nothing_new(run: Path) -> None:
+    (run / "checkpoints" / "iter_0000005").mkdir(parents=True)
+    assert after_end(run, 75).reason == "stopped after a clean save"
+    (run / "checkpoints" / "iter_0000010").mkdir()
+    assert after_end(run, 75) == Decision(True, 0.0, "stopped after a clean save")
+    assert "stopped before anything new was saved; from the checkpoint of step 10" in after_end(run, 75).reason
+    assert "crash loop: 3 starts from the checkpoint of step 10" in after_end(run, 75).reason
+
+
+def test_restarts_are_counted_by_the_day() -> None:
+    day = 86400.0
+    ends = [End(day * number, 1, number, f"cause {number}") for number in range(20)]
+    assert decide(ends, 2).again
+    assert not decide([End(10.0 * number, 1, number, "cause") for number in range(20)], 2).again
+
+
+def test_the_same_hang_of_other_processes_is_the_same_trouble() -> None:
+    said = "no rank has moved on for {} s, at step {}: rank 1 says nothing (node1, process {}: stopped)"
+    alike = ends(*((5, said.format(seconds, 7 + seconds, 100 * seconds)) for seconds in (7, 8, 9)))
+    assert not decide(alike, MAX_RESTARTS).again
+    assert decide([*alike[:2], End(0.0, 1, 5, alike[2].cause.replace("rank 1", "rank 2"))], MAX_RESTARTS).again
+
+
+def test_the_verb_prints_the_pause_first(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verbs.restart("restart", [str(run), "--code", "1"]) == 0
     assert capsys.readouterr().out.startswith("1 s: restart 1 of 10 from no checkpoint")
     for _ in range(2):
-        code = verbs.restart("restart", [str(tmp_path), "--code", "1"])
+        code = verbs.restart("restart", [str(run), "--code", "1"])
     assert code == 1 and "crash loop" in capsys.readouterr().out
+    (run / "corpus").mkdir()
     with pytest.raises(CheckpointError, match="is not a run's directory"):
-        verbs.restart("restart", [str(tmp_path / "none"), "--code", "1"])
+        verbs.restart("restart", [str(run / "corpus"), "--code", "1"])
+    with pytest.raises(CheckpointError, match="is not a run's directory"):
+        verbs.restart("restart", [str(run / "none"), "--code", "1"])
 
 
 def test_a_run_that_cannot_be_written_is_not_started_again(tmp_path: Path) -> None:
