@@ -114,7 +114,9 @@ def test_balanced_experts_equal_one_rank(layout: str, jobs: Jobs) -> None:
     jobs.check(task(MIXTRAL), layout)
 
 
-@pytest.mark.parametrize("layout", widely(["ep2-tp2", "ep4-tp2-etp1", "ep2-vpp2", "ep2-cp2"], "ep4-tp2-etp1", "ep2-vpp2"))
+@pytest.mark.parametrize(
+    "layout", widely(["ep2-tp2", "ep4-tp2-etp1", "ep2-vpp2", "ep2-cp2"], "ep4-tp2-etp1", "ep2-vpp2")
+)
 def test_grouped_experts_with_bias_and_shared_expert_equal_one_rank(layout: str, jobs: Jobs) -> None:
     """Behind a dense layer; the bias moves so far that from the second step on it chooses other experts."""
     jobs.check(task(DEEPSEEK), layout)

@@ -77,9 +77,7 @@ def test_a_run_goes_on_when_a_verifier_fails_and_counts_it(
     assert log.count("moody could not judge") == 1
 
 
-def test_a_step_whose_answers_nobody_can_score_is_skipped(
-    tmp_path: Path, data: dict[str, Path], base: Path
-) -> None:
+def test_a_step_whose_answers_nobody_can_score_is_skipped(tmp_path: Path, data: dict[str, Path], base: Path) -> None:
     run, own = tmp_path / "run", tmp_path / "own.py"
     own.write_text("def silent(answer, fields):\n    raise ValueError('no opinion')\n")
     options = (

@@ -86,7 +86,9 @@ def test_four_ranks_meet_and_sum(start: Callable[..., subprocess.Popen[str]], op
     ("behaviour", "options", "message", "frame"),
     [
         ("raise", (), "ValueError: the loss is not a number", "in fail_with_others_waiting"),
-        pytest.param("raise", ("--fresh",), "ValueError: the loss is not a number", "in fail_with_others_waiting", marks=BREADTH),
+        pytest.param(
+            "raise", ("--fresh",), "ValueError: the loss is not a number", "in fail_with_others_waiting", marks=BREADTH
+        ),
         ("raise_after_teardown", (), "ValueError: the loss is not a number", "in fail_with_others_waiting"),
         pytest.param("exit3", (), "exited with code 3 in the middle of its work", "", marks=BREADTH),
         ("exit0", (), "exited with code 0 in the middle of its work", ""),
@@ -173,7 +175,9 @@ def test_stop_signal_saves_and_returns_75(
 
 
 @pytest.mark.parametrize(
-    "number", widely([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], signal.SIGINT), ids=["TERM", "Ctrl-C", "USR1 to all"]
+    "number",
+    widely([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], signal.SIGINT),
+    ids=["TERM", "Ctrl-C", "USR1 to all"],
 )
 def test_stop_signal_before_the_first_step_ends_the_ranks(
     start: Callable[..., subprocess.Popen[str]], tmp_path: Path, number: signal.Signals

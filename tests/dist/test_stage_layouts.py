@@ -94,7 +94,7 @@ def test_unpacked_is_packed(pool: RankPool, name: str) -> None:
 
 @pytest.mark.parametrize("name", BY_SEQUENCE)
 def test_unpacked_is_packed_but_for_the_rounding_of_rotary_tables(pool: RankPool, name: str) -> None:
-    """A document that lies further back in its row is rotated further: core's tables are fp32, whatever the model is."""
+    """A document further back in its row is rotated further: core's tables are fp32, whatever the model is."""
     found: Outcome = pool.call(train_stage, 1, TASK, name, False)[0]
     packed = on_one_rank(pool, name)
     steps = len(packed.losses) // TASK.iters
