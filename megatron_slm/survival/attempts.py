@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from megatron_slm.survival.kept import read_lines
 from megatron_slm.survival.restart import STARTED_VARIABLE
 from megatron_slm.train.hook import Hook, StepResult
 from megatron_slm.train.metrics import read_records
@@ -37,17 +38,7 @@ class Attempt:
 
 def read_attempts(directory: Path) -> list[Attempt]:
     """Every start of the run in ``directory``, oldest first; a torn line is left out."""
-    found = []
-    try:
-        lines = (directory / FILE).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            found.append(Attempt(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return found
+    return read_lines(directory / FILE, Attempt)
 
 
 def began(environ: Mapping[str, str]) -> float:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_slm.errors import CheckpointError, LogError, UserError
+from megatron_slm.survival.kept import read_lines
 from megatron_slm.train.publish import published
 
 FILE = "restarts.jsonl"
@@ -118,17 +119,7 @@ def decide(ends: Sequence[End], max_restarts: int) -> Decision:
 
 def read_ends(directory: Path) -> list[End]:
     """Every bad end of the run, oldest first; a torn line is left out."""
-    found = []
-    try:
-        lines = (directory / FILE).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            found.append(End(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return found
+    return read_lines(directory / FILE, End)
 
 
 def said_cause(directory: Path, *, watchdog: bool = False) -> str:
