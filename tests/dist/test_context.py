@@ -124,7 +124,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
-OF_THE_MACHINE = ("_ms", "_per_second", "_bits", "_bytes", "mfu")
+OF_THE_MACHINE = ("_ms", "_per_second", "_bits", "_bytes", "mfu", "goodput")
 
 
 def test_resume_is_bitwise(tmp_path: Path, data: Path) -> None:
