@@ -235,7 +235,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", widely(LAUNCHERS, "torchrun"))
 def test_the_verb_under_every_launcher(launcher: str, tmp_path: Path) -> None:
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "PMI_", "OMPI_", "SLURM_", "MSLM_")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

@@ -22,6 +22,7 @@ from megatron_slm.profile.analyse import OUTSIDE, Spent
 from megatron_slm.profile.chrome import read_chrome
 from megatron_slm.profile.compare import Report, report_of, traces_of
 from tests import runs
+from tests.breadth import widely
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = (
@@ -244,7 +245,7 @@ def test_without_nvtx_every_rank_refuses_in_one_sentence(tmp_path: Path, data: P
     assert ended.returncode == 2 and "pip install nvtx" in ended.stderr and "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", widely(["torchrun", "mpirun"], "mpirun"))
 def test_the_wrapper_of_nsight_runs_under_every_launcher(tmp_path: Path, launcher: str) -> None:
     """With a stub named nsys on PATH, because no real one was at hand: it says which rank has asked."""
     stub = tmp_path / "nsys"

@@ -17,6 +17,7 @@ from megatron_slm.replay.capsule import Capsule
 from megatron_slm.replay.step import ReplayedStep, replay_step
 from megatron_slm.replay.stream import Phase
 from tests import runs
+from tests.breadth import BREADTH
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = (
@@ -94,6 +95,7 @@ def test_a_difference_that_does_not_come_back_is_in_one_recording(tmp_path: Path
     assert len(found.descent) == 3 and f"{struck / 'replay'} is not repeated" in found.descent[2]
 
 
+@BREADTH
 def test_two_programs_each_make_their_own_run_again(
     tmp_path: Path, plain: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from megatron_slm.replay import stream
 from megatron_slm.replay.stream import Phase, StreamWriter
 from tests import runs
 from tests.bench.replay_identical import MIXES, Found, compared, twice
+from tests.breadth import BREADTH
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs.corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@BREADTH
 @pytest.mark.parametrize("name", ["tp2 cp2 sp"])
 def test_two_runs_are_identical(tmp_path: Path, data: Path, name: str) -> None:
     found = twice(tmp_path, data, MIXES[name], 4)

@@ -19,6 +19,7 @@ from megatron_slm.replay.layouts import layout_diff
 from megatron_slm.verify.tolerance import Unit
 from megatron_slm.verify.witnessed import origins
 from tests import parallel_bugs as bugs, runs
+from tests.breadth import widely
 from tests.layout_bugs import BUGS, job_of, parameter_not_gathered
 
 STEPS = ("train.train_iters=2", "train.eval_iters=0", "checkpoint.save_interval=1")
@@ -101,7 +102,9 @@ def test_gradients_of_norms_that_are_not_summed_are_flagged(place: Path) -> None
     assert told["worst"]["module"] == found.worst.module and told["equal"] is False
 
 
-@pytest.mark.parametrize("name", ["parameter not gathered", "rotary positions of another cut"])
+@pytest.mark.parametrize(
+    "name", widely(["parameter not gathered", "rotary positions of another cut"], "parameter not gathered")
+)
 def test_a_bug_is_located_in_steps_that_the_run_has_kept_itself(place: Path, name: str) -> None:
     fault = BUGS[name]
     job, other = job_of(fault.values), name.replace(" ", "-")

@@ -17,6 +17,7 @@ from megatron_slm.errors import ConfigError, ReplayError
 from megatron_slm.replay.resume import ResumeCheck, resume_check
 from megatron_slm.replay.stream import Phase
 from tests import runs
+from tests.breadth import widely
 
 ROOT = Path(__file__).resolve().parents[2]
 AT, STEPS = 2, 1
@@ -129,7 +130,7 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize("what", widely(LOST, "averages of the weights"))
 def test_what_no_fingerprint_shows_is_compared_in_the_checkpoints(what: str, tmp_path: Path, data: Path) -> None:
     plant, named, option = LOST[what]
     alone = ("train.train_iters=6", "train.eval_iters=0", "parallel.world_size=1", option)

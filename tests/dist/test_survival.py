@@ -18,7 +18,7 @@ import pytest
 from megatron_slm.survival.attempts import read_attempts
 from megatron_slm.survival.restart import read_ends
 from tests import runs
-from tests.breadth import widely
+from tests.breadth import BREADTH, widely
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("survival_program.py")
@@ -153,6 +153,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_been(
     assert ["signal 9" in end.cause for end in read_ends(run)] == [True], "with why the first has ended"
 
 
+@BREADTH
 def test_a_crash_loop_is_recognised_by_its_cause(tmp_path: Path, data: Path) -> None:
     run = tmp_path / "loop"
     options = (TP2, "train.train_iters=20", "checkpoint.save_interval=2", "--restarts 10")
@@ -166,6 +167,7 @@ def test_a_crash_loop_is_recognised_by_its_cause(tmp_path: Path, data: Path) -> 
     assert len(causes) == 3 and len(set(causes)) == 1, causes
 
 
+@BREADTH
 def test_lost_peers_are_one_sentence_with_the_exchange(tmp_path: Path, data: Path) -> None:
     """Without the watchdog gloo's own time-out ends the ranks."""
     run = tmp_path / "silent"
